@@ -1,0 +1,1 @@
+"""The bundle: what a device downloads, verifies and trains from."""

@@ -1,0 +1,95 @@
+"""The operating system behind one door: atomic files, private folders, locks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from fedge.errors import StateError
+
+# Microsoft's and Flower's telemetry is decided by these before their packages are imported.
+_QUIET = {
+    "ORT_DISABLE_TELEMETRY": "1",
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+}
+
+
+def silence_telemetry(environ: dict[str, str] | None = None) -> None:
+    """Assign the switches that keep our dependencies from phoning home.
+
+    Call it before importing onnxruntime or flwr. It overrides what the user set: a value of
+    ``ORT_DISABLE_TELEMETRY=0`` in the environment must not send a hospital's device id anywhere.
+    """
+    target = os.environ if environ is None else environ
+    target.update(_QUIET)
+
+
+def private_dir(path: Path) -> Path:
+    """Create ``path`` readable by its owner alone (0700), parents included, and return it."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return path
+
+
+def atomic_write(path: Path, data: bytes, mode: int = 0o600) -> None:
+    """Replace ``path`` by ``data`` so that a power cut leaves the old file or the new one.
+
+    Temporary file in the same folder, fsync, rename, fsync of the folder.
+    """
+    fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(fd, "wb") as handle:
+            handle.write(data)
+            handle.flush()
+            commit_file(handle.fileno(), Path(tmp), path, mode)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            Path(tmp).unlink()
+        raise
+
+
+def commit_file(fd: int, tmp: Path, path: Path, mode: int = 0o600) -> None:
+    """Make the fully written and flushed ``tmp``, open as ``fd``, durable under ``path``."""
+    os.fchmod(fd, mode)
+    os.fsync(fd)
+    os.replace(tmp, path)  # noqa: PTH105 - the rename is the point
+    fsync_dir(path.parent)
+
+
+def fsync_dir(path: Path) -> None:
+    """Make the names in a folder durable."""
+    if sys.platform == "win32":
+        return
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def exclusive(path: Path, what: str) -> Iterator[None]:
+    """Hold the lock file ``path`` while the block runs.
+
+    Args:
+        path: Lock file; created 0600.
+        what: Who holds it, for the error: "fedge-server on ./fedge-state".
+
+    Raises:
+        StateError: If another process holds it.
+    """
+    import fcntl
+
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            raise StateError(f"{what} is already running; stop it or use another folder") from exc
+        yield
+    finally:
+        os.close(fd)
