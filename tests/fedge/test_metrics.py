@@ -107,8 +107,6 @@ def test_unequal_or_no_rows_are_refused() -> None:
 def test_outputs_are_scored_as_the_loss_suggests(
     loss: str, output: list[list[float]], labels: list[int], want: dict[str, float]
 ) -> None:
-    loss: str, output: list[list[float]], labels: list[int], want: dict[str, float]
-) -> None:
     outputs = {"y": np.array(output, np.float32)}
     got = metrics.evaluate_outputs(SimpleNamespace(loss=loss), outputs, np.array(labels))
     assert got == pytest.approx(want)
