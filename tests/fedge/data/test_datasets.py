@@ -1,5 +1,4 @@
 import csv
-import os
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +11,9 @@ from fedge.types import Array
 
 
 @pytest.fixture
-def data_folder(monkeypatch: pytest.MonkeyPatch) -> Path:
-    default = Path(__file__).parents[4] / "shared" / "data"
-    folder = Path(os.environ.get("FEDGE_DATA", default))
-    if not (folder / "heart_disease").is_dir():
-        pytest.skip("no heart_disease folder in FEDGE_DATA")
-    monkeypatch.setenv("FEDGE_DATA", str(folder))
-    return folder
+def data_folder(fedge_data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FEDGE_DATA", str(fedge_data))
+    return fedge_data
 
 
 def _published(folder: Path, site: str, split: str) -> tuple[Array, Array]:
