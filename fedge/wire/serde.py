@@ -35,7 +35,7 @@ HEARTBEAT_S = 15  # both sides; silence for three of these means gone
 UPDATE_OVERHEAD_BYTES = 64 << 10  # metadata of an update: metrics, provenance
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _CLIENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_TASK_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
+_TASK_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _VERSION = re.compile(r"[A-Za-z0-9.+_-]{0,32}")
 
 
@@ -184,7 +184,7 @@ def check_client_id(client_id: str) -> None:
 
 
 def check_task_id(task_id: str) -> None:
-    """Letters, digits, ``. _ - /``; 1 to 128."""
+    """Letters, digits, ``. _ -``; 1 to 128: fit to be a folder name."""
     _want(_TASK_ID.fullmatch(task_id) is not None, f"task id {task_id[:80]!r} is malformed")
 
 
