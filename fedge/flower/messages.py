@@ -120,11 +120,11 @@ def train_reply(message: Message, update: Update, base: Params, extra: Metrics) 
         extra: Metrics for the table alone, such as ``bytes_up``; what is not finite is left out.
     """
     ensure_identity()
-    metrics = {WEIGHT: update.num_examples, **finite(update.metrics), **finite(extra)}
+    metrics = _record(update.num_examples, {**update.metrics, **extra})
     content = RecordDict(
         {
             ARRAYS: array_record(apply_delta(base, update.delta)),
-            METRICS: MetricRecord(metrics),
+            METRICS: metrics,
         }
     )
     return Message(content, reply_to=message)
@@ -135,7 +135,7 @@ def metrics_reply(
 ) -> Message:
     """A reply of numbers, with small arrays for statistics; what is not finite is left out."""
     ensure_identity()
-    content = RecordDict({METRICS: MetricRecord({WEIGHT: num_examples, **finite(metrics)})})
+    content = RecordDict({METRICS: _record(num_examples, metrics)})
     if arrays is not None:
         content[ARRAYS] = array_record(arrays)
     return Message(content, reply_to=message)
@@ -150,3 +150,7 @@ def error_reply(message: Message, reason: str) -> Message:
 def finite(metrics: Mapping[str, float]) -> Metrics:
     """The metrics that are numbers: an AUC of one class is NaN, and JSON has no NaN."""
     return {n: float(v) for n, v in metrics.items() if math.isfinite(v)}
+
+
+def _record(num_examples: int, metrics: Metrics) -> MetricRecord:
+    return MetricRecord({WEIGHT: num_examples, **finite(metrics)})
