@@ -60,11 +60,13 @@ class Personalized:
 
     Attributes:
         params: All params of the personal model.
+        local_only: All params of the model trained without the others.
         report: ``"local_only"``, ``"global"`` and ``"personal"`` -> metrics.
         num_examples: Held-out rows behind the report.
     """
 
     params: Params
+    local_only: Params
     report: Mapping[str, Metrics]
     num_examples: int
 
@@ -186,6 +188,7 @@ def personalize(
     personal = _trained(engine, from_shared, site, config, order)
     return Personalized(
         params=personal,
+        local_only=local_only,
         report={
             "local_only": score(engine, manifest, site, local_only)[1],
             "global": of_global,
