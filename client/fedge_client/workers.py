@@ -1,0 +1,122 @@
+"""The worker process as the session sees it: started when work comes, closed when it is idle."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from fedge.engines.interpreters import find_training_python
+from fedge.errors import EngineUnavailableError, WorkerDiedError
+from fedge.pipe import Child
+from fedge_client.config import EngineConfig
+
+MODULE = "fedge_client.worker"
+# Fewer malloc arenas and no spare OpenMP threads: a worker's memory is most of what a device pays.
+_ENVIRON = {"MALLOC_ARENA_MAX": "2", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+
+def interpreter(engine: str, config: EngineConfig) -> Path:
+    """The Python that holds this engine's ONNX Runtime.
+
+    Raises:
+        EngineUnavailableError: If there is no training interpreter.
+    """
+    if engine != "ort-training":
+        return Path(sys.executable)
+    found = find_training_python(config.training_python or None)
+    if found is None:
+        raise EngineUnavailableError(
+            "no interpreter with onnxruntime-training is known here; run: "
+            "fedge-client engines install ort-training"
+        )
+    return found
+
+
+def available(config: EngineConfig) -> tuple[str, ...]:
+    """Engines this device may use, as configured, the training one first where it is there."""
+    if config.name != "auto":
+        interpreter(config.name, config)
+        return (config.name,)
+    training = find_training_python(config.training_python or None)
+    return ("ort", "ort-training") if training else ("ort",)
+
+
+class Workers:
+    """At most one worker process; one job at a time.
+
+    Args:
+        config: Engine settings of the site.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._child: Child | None = None
+        self._python: Path | None = None
+        self._lock = asyncio.Lock()
+        self._idle: asyncio.TimerHandle | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """The worker's process id, if one is alive."""
+        return None if self._child is None else self._child.pid
+
+    async def call(
+        self, name: str, header: dict[str, Any], engine: str = "ort"
+    ) -> tuple[dict[str, Any], list[bytes]]:
+        """Have a job done in the interpreter of ``engine``.
+
+        Raises:
+            WorkerDiedError: If the worker died; the next call starts another.
+            FedgeError: What the job raised.
+        """
+        async with self._lock:
+            child = self._start(interpreter(engine, self._config))
+            try:
+                return await asyncio.to_thread(child.call, name, header)
+            except WorkerDiedError:
+                self._drop()
+                raise
+            finally:
+                self._arm()
+
+    def abort(self) -> None:
+        """End the job that is running now; its caller gets WorkerDiedError."""
+        if self._child is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._child.pid, signal.SIGKILL)
+
+    async def close(self) -> None:
+        """End the worker."""
+        self.abort()
+        async with self._lock:
+            self._drop()
+
+    def _start(self, python: Path) -> Child:
+        if self._idle is not None:
+            self._idle.cancel()
+        if self._child is not None and self._python != python:
+            self._drop()
+        if self._child is None:
+            self._child, self._python = Child(MODULE, python, environ=_ENVIRON), python
+        return self._child
+
+    def _arm(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._idle = loop.call_later(self._config.worker_idle_s, self._on_idle)
+
+    def _on_idle(self) -> None:
+        if not self._lock.locked():
+            self._drop()
+
+    def _drop(self) -> None:
+        if self._idle is not None:
+            self._idle.cancel()
+            self._idle = None
+        child, self._child = self._child, None
+        if child is not None:
+            child.kill()
