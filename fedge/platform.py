@@ -30,8 +30,17 @@ def silence_telemetry(environ: dict[str, str] | None = None) -> None:
 
 
 def private_dir(path: Path) -> Path:
-    """Create ``path`` readable by its owner alone (0700), parents included, and return it."""
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    """Create ``path`` readable by its owner alone (0700), parents included, and return it.
+
+    Raises:
+        StateError: If it cannot be made, or is there and is not a folder.
+    """
+    if not path.parent.exists():
+        private_dir(path.parent)
+    try:
+        path.mkdir(mode=0o700, exist_ok=True)
+    except OSError as exc:
+        raise StateError(f"cannot make the folder {path}: {exc.strerror}; name another") from exc
     return path
 
 
@@ -93,3 +102,16 @@ def exclusive(path: Path, what: str) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to end this process when the one that started it ends, however that ends.
+
+    Linux only; elsewhere a worker ends when it next reads its pipe.
+    """
+    if sys.platform != "linux":
+        return
+    import ctypes
+
+    pr_set_pdeathsig, sigkill = 1, 9
+    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, sigkill)
