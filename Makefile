@@ -23,8 +23,8 @@ TORCHED := $(VENV)/.fedge-torch
 TRAINING := $(TRAINING_VENV)/.fedge-training
 
 OUT ?= .
-PROTOS = $(shell cd proto && find . -name '*.proto' | sort)
-SERVICES = $(shell cd proto && grep -l '^service ' $(PROTOS))
+WIRE_PROTOS = $(shell cd proto && find fedge/wire -name '*.proto' | sort)
+PROTOC = $(BIN)/python -m grpc_tools.protoc
 
 # Our dependencies phone home unless told not to; fedge sets these itself, make sets them for pip and pytest.
 export ORT_DISABLE_TELEMETRY := 1
@@ -60,8 +60,9 @@ layers: $(DEV)  ## import-linter: who may import whom
 	$(BIN)/lint-imports
 
 proto: $(DEV)  ## Regenerate Python from proto/ (OUT=folder)
-	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=$(OUT) --pyi_out=$(OUT) $(PROTOS)
-	$(BIN)/python -m grpc_tools.protoc -I proto --grpc_python_out=$(OUT) $(SERVICES)
+	@$(PROTOC) -Iproto --python_out=$(OUT) --pyi_out=$(OUT) --grpc_python_out=$(OUT) $(WIRE_PROTOS)
+	@$(PROTOC) -Ifedge/artifacts/onnx_v1=proto/fedge/onnx/v1 --python_out=$(OUT) --pyi_out=$(OUT) \
+	  fedge/artifacts/onnx_v1/onnx.proto
 
 proto-check: $(DEV)  ## Committed generated code is what proto/ says
 	@tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; \

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import sys
 import tomllib
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -99,6 +99,7 @@ def from_mapping(cls: type[T], values: dict[str, Any], where: str) -> T:
         ConfigError: For an unknown name, a missing one without default, or a wrong type.
     """
     known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    values = {n: v for n, v in values.items() if v is not None or _optional(known.get(n))}
     unknown = sorted(set(values) - set(known))
     _require(
         not unknown, f"[{where}] has no setting {', '.join(unknown)}; it has {', '.join(known)}"
@@ -131,6 +132,10 @@ def read_toml(path: Path, max_bytes: int = 1 << 20) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid TOML: {exc}") from exc
 
 
+def _optional(f: Field[Any] | None) -> bool:
+    return f is None or "None" in str(f.type)
+
+
 _TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),
@@ -141,11 +146,22 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 def _check_type(where: str, name: str, value: object, annotation: str) -> None:
     wanted = annotation.split("|")[0].strip()
-    types = _TYPES.get(wanted)
-    if types is None:
-        return
-    ok = isinstance(value, types) and (wanted == "bool" or not isinstance(value, bool))
-    _require(ok, f"[{where}] {name} = {value!r} is {type(value).__name__}; wanted {wanted}")
+    _require(
+        _fits(value, wanted),
+        f"[{where}] {name} = {value!r} is {type(value).__name__}; wanted {wanted}",
+    )
+
+
+def _fits(value: object, wanted: str) -> bool:
+    """Whether a value from TOML or JSON fits an annotation; annotations not known here fit all."""
+    if wanted.startswith("dict[str, "):
+        inner = wanted.removeprefix("dict[str, ").removesuffix("]")
+        return isinstance(value, dict) and all(
+            isinstance(k, str) and _fits(v, inner) for k, v in value.items()
+        )
+    if wanted not in _TYPES:
+        return True
+    return isinstance(value, _TYPES[wanted]) and isinstance(value, bool) == (wanted == "bool")
 
 
 def _require(ok: bool, message: str) -> None:
@@ -154,7 +170,8 @@ def _require(ok: bool, message: str) -> None:
 
 
 def _positive(name: str, value: float) -> None:
-    _require(math.isfinite(value) and value > 0, f"{name} is {value}; it must be above 0")
+    ok = 0 < value <= sys.float_info.max
+    _require(ok, f"{name} is {value}; it must be above 0 and finite")
 
 
 def _at_least(name: str, value: int, least: int) -> None:

@@ -21,6 +21,7 @@ from fedge.types import Array, Params
 MAX_HEADER_BYTES = 16 << 20
 MAX_TENSORS = 100_000
 MAX_RANK = 16
+METADATA = "__metadata__"
 _DTYPES = {
     "F64": "<f8",
     "F32": "<f4",
@@ -42,11 +43,12 @@ def dump(tensors: Params, metadata: dict[str, Any] | None = None) -> bytes:
     """Serialise tensors, in the dictionary's order.
 
     Raises:
-        ArtifactError: If a tensor has a dtype the container does not know.
+        ArtifactError: If a tensor has a dtype the container does not know, or a reserved name.
     """
+    _want(METADATA not in tensors, f"no tensor can be called {METADATA}")
     header: dict[str, Any] = {}
     if metadata is not None:
-        header["__metadata__"] = {"fedge": _json(metadata)}
+        header[METADATA] = {"fedge": _json(metadata)}
     blobs: list[bytes] = []
     at = 0
     for name, array in tensors.items():
@@ -75,7 +77,7 @@ def load(data: bytes | memoryview) -> tuple[Params, dict[str, Any]]:
     """
     view = memoryview(data)
     header, start = _header(view)
-    metadata = _metadata(header.pop("__metadata__", None))
+    metadata = _metadata(header.pop(METADATA, None))
     _want(len(header) <= MAX_TENSORS, f"{len(header)} tensors; at most {MAX_TENSORS}")
     tensors: Params = {}
     at = 0
@@ -96,11 +98,17 @@ def _header(view: memoryview) -> tuple[dict[str, Any], int]:
     size = int.from_bytes(view[:8], "little")
     _want(size <= min(MAX_HEADER_BYTES, len(view) - 8), f"header length {size} is out of range")
     try:
-        header = json.loads(bytes(view[8 : 8 + size]))
+        header = json.loads(bytes(view[8 : 8 + size]), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as exc:
         raise ArtifactError(f"broken tensor file: header is not JSON: {exc}") from exc
     _want(isinstance(header, dict), "header is not an object")
     return header, 8 + size
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    _want(len(set(names)) == len(names), f"a name occurs twice in {names[:9]}")
+    return dict(pairs)
 
 
 def _entry(name: str, entry: object) -> tuple[np.dtype[Any], tuple[int, ...], int, int]:

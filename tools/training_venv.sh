@@ -23,11 +23,15 @@ if [ ! -x "$folder/bin/python" ]; then
   echo "making $folder with Python $version"
   "$python" -m venv "$folder"
 fi
-if ! said=$("$folder/bin/pip" install --quiet --no-deps --only-binary :all: "$wheel" 2>&1); then
+# pip's talk is shown only when it fails: it complains of dependencies that training does not need.
+install() {
+  said=$("$folder/bin/pip" install --quiet "$@" 2>&1)
+}
+
+if ! install --no-deps --only-binary :all: "$wheel"; then
   case $said in
     *"No matching distribution"*) without "$wheel has no wheel for $(uname -sm)" ;;
     *) echo "$said" >&2 && exit 1 ;;
   esac
 fi
-"$folder/bin/pip" install --quiet numpy onnx flatbuffers 'protobuf<7'
-"$folder/bin/pip" install --quiet --no-deps -e .
+install numpy onnx flatbuffers 'protobuf<7' && install --no-deps -e . || { echo "$said" >&2 && exit 1; }

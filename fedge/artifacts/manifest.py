@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -23,6 +24,9 @@ MAX_MANIFEST_BYTES = 4 << 20
 BATCH = "N"  # the symbolic first dimension of every input and output
 DTYPES = ("float32", "float64", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")
 LOSSES = ("bce_with_logits", "cross_entropy", "mse")
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_HEX = re.compile(r"[0-9a-f]{64}")
 
 # The files of a bundle. A device fetches only what its engine needs.
 STEP, GRAD, EVALUATE, INFER, PREPROCESS = (
@@ -178,6 +182,7 @@ class Manifest:
             _want(isinstance(raw, dict), "it is not an object")
             _want(raw.get("schema") == SCHEMA, f"schema {raw.get('schema')!r}, wanted {SCHEMA}")
             manifest = _parse(raw)
+            _want(manifest.to_json() == data, "it is not in canonical form")
         except (
             ValueError,
             KeyError,
@@ -187,7 +192,6 @@ class Manifest:
             ConfigError,
         ) as exc:
             raise ArtifactError(f"broken manifest: {exc}") from exc
-        _want(manifest.to_json() == data, "it is not in canonical form")
         return manifest
 
 
@@ -220,6 +224,11 @@ def _spec(cls: type[Any], row: dict[str, Any]) -> Any:  # noqa: ANN401 - one of 
 
 
 def _check(m: Manifest) -> None:
+    _want(_NAME.fullmatch(m.name) is not None, f"name {m.name!r}; letters, digits and ._- only")
+    _want(_HEX.fullmatch(m.signer) is not None, f"signer {m.signer!r} is not 64 hex digits")
+    for name, entry in m.files.items():
+        _want(entry.bytes >= 0, f"{name} has {entry.bytes} bytes")
+        _want(_HEX.fullmatch(entry.sha256) is not None, f"{name} has sha256 {entry.sha256!r}")
     _want(m.loss in LOSSES, f"loss {m.loss!r}; known: {', '.join(LOSSES)}")
     _want(m.scaling in ("none", "site", "global", "custom"), f"scaling {m.scaling!r}")
     names = [p.name for p in m.params]
