@@ -67,6 +67,8 @@ class RunConfig:
         deadline_s: Seconds after which a round closes with the updates it has.
         evaluate: Whether clients score the new model on held-out rows after each round.
         seed: Fixes cohorts and row order.
+        max_norm: Largest accepted ‖delta‖₂ of an update; a guard against a client gone wild, not
+            a privacy bound.
     """
 
     rounds: int = 10
@@ -75,11 +77,13 @@ class RunConfig:
     deadline_s: float = 600.0
     evaluate: bool = True
     seed: int = 0
+    max_norm: float = 1e6
 
     def __post_init__(self) -> None:
         _at_least("rounds", self.rounds, 1)
         _at_least("min_clients", self.min_clients, 1)
         _positive("deadline_s", self.deadline_s)
+        _positive("max_norm", self.max_norm)
         if self.cohort_size is not None:
             _at_least("cohort_size", self.cohort_size, self.min_clients)
 
