@@ -1,0 +1,154 @@
+"""From any acceptable ONNX model to the one form the other modules work on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import onnx
+import onnx_ir as ir
+from onnx import inliner, version_converter
+from onnx_ir.passes import common
+
+from fedge.autodiff import rules  # noqa: F401 - registers the rules
+from fedge.autodiff.ops import Ops, Value
+from fedge.autodiff.registry import has_rule
+from fedge.autodiff.shapes import infer_shapes
+from fedge.errors import ArtifactError
+
+OPSETS = range(13, 22)
+BASE_OPSET = 17  # older models are converted: ScatterElements with reduction needs 16
+MAX_IR_VERSION = 10
+RESERVED = ("labels", "loss", "lr")
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A model ready for differentiation.
+
+    Attributes:
+        model: The model; ``params`` are its last graph inputs.
+        graph: Its graph; all values that shape inference understands carry type and shape.
+        op: Appends to the graph.
+        params: The initializers that became inputs, in the order asked for.
+    """
+
+    model: ir.Model
+    graph: ir.Graph
+    op: Ops
+    params: dict[str, Value]
+
+    @property
+    def inputs(self) -> list[Value]:
+        """The model's own inputs."""
+        return [v for v in self.graph.inputs if v.name not in self.params]
+
+    def value(self, name: str) -> Value:
+        """The value called ``name``.
+
+        Raises:
+            ArtifactError: If there is none.
+        """
+        found = ir.convenience.create_value_mapping(self.graph).get(name)
+        if found is None:
+            raise ArtifactError(f"the model has no value {name!r}")
+        return found
+
+
+def normalize(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Convert old opsets, inline functions and expand operators that have a body but no rule.
+
+    Raises:
+        ArtifactError: If the opset is out of range.
+    """
+    opset = opset_of(model)
+    if opset not in OPSETS:
+        raise ArtifactError(
+            f"the model uses opset {opset}; fedge reads {OPSETS[0]} to {OPSETS[-1]}: "
+            "export it again with opset_version=17"
+        )
+    if opset < BASE_OPSET:
+        model = version_converter.convert_version(model, BASE_OPSET)
+    foreign = sorted({("", n.op_type) for n in model.graph.node if not _known(n)})
+    model = inliner.inline_local_functions(model)
+    model = inliner.inline_selected_functions(model, foreign, inline_schema_functions=True)
+    model.ir_version = min(model.ir_version, MAX_IR_VERSION)
+    return model
+
+
+def load(model: onnx.ModelProto, params: Sequence[str]) -> Forward:
+    """Read a normalized model; ``params`` become inputs, other initializers stay constants.
+
+    Raises:
+        ArtifactError: If a param is no initializer, or a name is one fedge keeps for itself.
+    """
+    shapes = infer_shapes(model)
+    loaded = ir.from_proto(model)
+    common.RemoveInitializersFromInputsPass()(loaded)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(loaded)
+    graph = loaded.graph
+    for value in ir.convenience.create_value_mapping(graph).values():
+        if value.name in shapes:
+            dtype, shape = shapes[value.name]
+            value.type = ir.TensorType(ir.DataType(dtype))
+            value.shape = ir.Shape(shape)
+    _check_names(graph)
+    taken = {name: _to_input(graph, name) for name in params}
+    return Forward(loaded, graph, Ops(graph, loaded.opset_imports[""]), taken)
+
+
+def opset_of(model: onnx.ModelProto) -> int:
+    """The version of the standard operators the model uses; 0 if none."""
+    return max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=0)
+
+
+def finish(forward: Forward, inputs: Sequence[Value], outputs: dict[str, Value]) -> onnx.ModelProto:
+    """Make these the graph's inputs and named outputs, drop what they do not need, serialize."""
+    graph = forward.graph
+    graph.inputs[:] = inputs
+    graph.outputs[:] = [_named(forward.op, name, value) for name, value in outputs.items()]
+    common.RemoveUnusedNodesPass()(forward.model)
+    common.TopologicalSortPass()(forward.model)
+    proto = ir.to_proto(forward.model)
+    del proto.graph.value_info[:]
+    return proto
+
+
+def _named(op: Ops, name: str, value: Value) -> Value:
+    """The value under the output's name; inputs, constants and second uses need a copy."""
+    if value.name == name and value.producer() is not None:
+        return value
+    shape, dtype = value.shape, value.dtype
+    if value.producer() is None or "@" not in value.name or value.name in op.graph.outputs:
+        value = op.Identity(value)
+    value.name = name
+    value.shape = value.shape if value.shape is not None else shape
+    value.dtype = value.dtype or dtype or ir.DataType.FLOAT
+    return value
+
+
+def _to_input(graph: ir.Graph, name: str) -> Value:
+    if name not in graph.initializers:
+        known = ", ".join(list(graph.initializers)[:20])
+        raise ArtifactError(f"param {name!r} is no initializer of the model; it has: {known}")
+    value = graph.initializers.pop(name)
+    value.shape, value.type = value.const_value.shape, ir.TensorType(value.const_value.dtype)
+    value.const_value = None
+    graph.inputs.append(value)
+    return value
+
+
+def _check_names(graph: ir.Graph) -> None:
+    outside = {v.name for v in (*graph.inputs, *graph.outputs, *graph.initializers.values())}
+    for name, value in ir.convenience.create_value_mapping(graph).items():
+        if name in RESERVED or "@" in name:
+            if name in outside:
+                raise ArtifactError(
+                    f"the model calls an input, output or param {name!r}; fedge keeps "
+                    f"{', '.join(RESERVED)} and names with '@' for itself: rename it"
+                )
+            value.name = f"model/{name.replace('@', '_')}"
+
+
+def _known(node: onnx.NodeProto) -> bool:
+    return has_rule(node.op_type, node.domain)

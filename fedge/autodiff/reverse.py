@@ -1,0 +1,55 @@
+"""Reverse mode over an ONNX graph: the pass itself, knowing no operator."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from fedge.autodiff.ops import Ops, Value, shape_of, static_shape
+from fedge.autodiff.registry import CONSTANT, apply_rule
+
+
+def backward(
+    op: Ops, nodes: Sequence[ir.Node], seeds: Mapping[Value, Value], wrt: Sequence[Value]
+) -> list[Value]:
+    """Append the vector-Jacobian product of ``nodes`` to the graph.
+
+    Args:
+        op: Where to write; holds ``nodes`` already.
+        nodes: The forward computation in topological order.
+        seeds: Forward value -> its cotangent, of the same shape.
+        wrt: Forward values (inputs, initializers or intermediate ones) to differentiate by.
+
+    Returns:
+        One gradient per value of ``wrt``, in order; zeros where none flows.
+
+    Raises:
+        UnsupportedOperatorError: If a node on the way has no rule.
+    """
+    active = _reached(nodes, wrt)
+    grads: dict[Value, Value] = dict(seeds)
+    for node in reversed(nodes):
+        outputs = [grads.get(v) for v in node.outputs]
+        if any(g is not None for g in outputs) and active.intersection(node.inputs):
+            found = apply_rule(op, node, outputs)
+            for value, grad in zip(node.inputs, found, strict=False):
+                if grad is not None and value in active:
+                    grads[value] = op.Add(grads[value], grad) if value in grads else grad
+    return [grads[v] if v in grads else _zeros(op, v) for v in wrt]
+
+
+def _reached(nodes: Sequence[ir.Node], sources: Sequence[Value]) -> set[Value]:
+    """The values that depend on ``sources``."""
+    reached = set(sources)
+    for node in nodes:
+        if node.op_type not in CONSTANT and reached.intersection(node.inputs):
+            reached.update(node.outputs)
+    return reached
+
+
+def _zeros(op: Ops, like: Value) -> Value:
+    if all(isinstance(d, int) for d in shape_of(like)):
+        return op.const(np.zeros(static_shape(like), np.float32))
+    return op.Mul(like, 0.0)

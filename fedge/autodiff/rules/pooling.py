@@ -1,0 +1,70 @@
+"""Pooling in any number of spatial dimensions."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import onnx_ir as ir
+
+from fedge.autodiff.ops import Ops, Value, attribute, static_dims
+from fedge.autodiff.registry import Gradients, vjp_rule
+from fedge.autodiff.rules.windows import Windows, windows_of
+from fedge.types import Array
+
+
+@vjp_rule("MaxPool")
+def max_pool(op: Ops, node: ir.Node, dy: Value, _indices: Value | None = None) -> Gradients:
+    """dy goes to the first maximum of each window, whose place the forward node reports."""
+    x = node.inputs[0]
+    windows = windows_of(node, attribute(node, "kernel_shape"))
+    if len(node.outputs) == 1:
+        node.resize_outputs(2)
+    indices = node.outputs[1]
+    indices.name = indices.name or f"{node.outputs[0].name}@indices"
+    node.attributes.pop("storage_order", None)
+    if windows.disjoint:
+        return op.MaxUnpool(
+            dy, indices, op.Shape(x), kernel_shape=windows.kernel, strides=windows.stride
+        )
+    zeros = op.Expand(0.0, op.Unsqueeze(op.Size(x), op.ints([0])))
+    flat = (op.reshape(v, [-1]) for v in (indices, dy))
+    return op.reshape_like(op.ScatterElements(zeros, *flat, axis=0, reduction="add"), x)
+
+
+@vjp_rule("AveragePool")
+def average_pool(op: Ops, node: ir.Node, dy: Value) -> Gradients:
+    """dy / count goes to every element of its window."""
+    x = node.inputs[0]
+    kernel = attribute(node, "kernel_shape")
+    windows = windows_of(node, kernel)
+    scale = 1 / _counts(windows, attribute(node, "count_include_pad", 0), node)
+    spread = op.ConvTranspose(
+        op.reshape(op.Mul(dy, scale.astype(np.float32)), (-1, 1, *windows.count)),
+        np.ones((1, 1, *kernel), np.float32),
+        strides=windows.stride,
+        dilations=windows.dilation,
+        pads=windows.padding,
+        output_padding=windows.rest,
+    )
+    return op.reshape_like(spread, x)
+
+
+@vjp_rule("GlobalAveragePool")
+def global_average_pool(op: Ops, node: ir.Node, dy: Value) -> Gradients:
+    """dy / count goes to every position."""
+    size = static_dims(node.inputs[0], slice(2, None))
+    return op.Mul(dy, np.full(size, 1 / math.prod(size), np.float32))
+
+
+def _counts(windows: Windows, include_pad: int, node: ir.Node) -> Array:
+    """How many elements each window averages, shape ``count``."""
+    given = attribute(node, "pads") or [0] * 2 * len(windows.size)
+    counts = np.ones(())
+    for axis, size in enumerate(windows.size):
+        begin, after = windows.begin[axis], given[len(windows.size) + axis]
+        low, high = (-begin, size + after) if include_pad else (0, size)
+        starts = np.arange(windows.count[axis]) * windows.stride[axis] - begin
+        taps = starts[:, None] + np.arange(windows.kernel[axis]) * windows.dilation[axis]
+        counts = np.multiply.outer(counts, ((taps >= low) & (taps < high)).sum(1))
+    return counts
