@@ -1,0 +1,34 @@
+"""Engines in this very process, for processes that are workers already."""
+
+from __future__ import annotations
+
+from fedge.artifacts.bundle import Bundle
+from fedge.engines.base import TrainingEngine
+from fedge.engines.interpreters import installed_engine
+from fedge.errors import EngineUnavailableError
+
+
+def open_in_process(bundle: Bundle, name: str = "auto", threads: int = 1) -> TrainingEngine:
+    """The engine of this interpreter's ONNX Runtime, without a worker process around it.
+
+    Args:
+        bundle: A verified bundle.
+        name: ``ort``, ``ort-training``, or ``auto`` for whichever is installed here.
+        threads: Of one operator.
+
+    Raises:
+        EngineUnavailableError: If this interpreter holds the other engine, or both, or none.
+    """
+    here = installed_engine()
+    if name not in ("auto", here):
+        raise EngineUnavailableError(
+            f"engine {name!r} was asked for in an interpreter that has {here!r}; open it with "
+            "fedge.engines.open_engine, which finds the right interpreter"
+        )
+    if here == "ort":
+        from fedge.engines.ort import OrtEngine
+
+        return OrtEngine(bundle, threads)
+    from fedge.engines.ort_training import OrtTrainingEngine
+
+    return OrtTrainingEngine(bundle, threads)

@@ -1,0 +1,178 @@
+"""The ``ort-training`` engine: ONNX Runtime's on-device training API, 1.19.2.
+
+It runs only in an interpreter that holds the training wheel, and only in a worker: several
+mistakes end the process instead of raising (an empty batch, labels out of range), so every row is
+checked first, and what is left kills a worker and not the client.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedge.artifacts.bundle import Bundle
+from fedge.artifacts.ort_import import import_training
+from fedge.config import TrainConfig
+from fedge.engines.base import EvalResult, TrainResult
+from fedge.engines.batches import batch_indices
+from fedge.engines.checks import check_examples, check_params
+from fedge.engines.files import read_model
+from fedge.engines.runtime import engine_errors, finite_loss, row_buffers, session_options, shared
+from fedge.engines.scoring import Scorer
+from fedge.errors import ArtifactError
+from fedge.types import Array, Examples, Indices, Params
+
+api = import_training("api")
+
+from onnxruntime.capi.onnxruntime_pybind11_state import OrtValueVector  # noqa: E402
+
+TRAINING, OPTIMIZER, CHECKPOINT = "training_model.onnx", "optimizer_model.onnx", "checkpoint"
+KEPT_SIZES = 4  # batch sizes whose buffers are kept
+
+
+class OrtTrainingEngine:
+    """Trains one bundle in this process with ORT's training API; see :class:`TrainingEngine`.
+
+    Args:
+        bundle: A verified bundle.
+        threads: Of one operator. Results are bitwise repeatable for a given number.
+    """
+
+    name = "ort-training"
+
+    def __init__(self, bundle: Bundle, threads: int = 1) -> None:
+        self._bundle, self._manifest, self._threads = bundle, bundle.manifest, threads
+        self._scorer = Scorer(bundle, threads)
+        self._batches: dict[int, tuple[Params, Any]] = {}
+        self._load(bundle.initial_params())
+
+    def preprocess(self, raw: Examples, site: Params | None = None) -> Examples:
+        """See :meth:`TrainingEngine.preprocess`."""
+        return self._scorer.preprocess(raw, site)
+
+    def get_params(self) -> Params:
+        """See :meth:`TrainingEngine.get_params`."""
+        return {n: v.copy() for n, v in self._params.items()}
+
+    def set_params(self, params: Params) -> None:
+        """See :meth:`TrainingEngine.set_params`."""
+        ready = check_params(self._manifest, params)
+        if self._manifest.state and self._stepped:
+            self._load({**self.get_params(), **ready})  # no other way empties the optimizer
+        else:
+            self._write(ready)
+
+    def train_step(self, batch: Examples, lr: float) -> float:
+        """See :meth:`TrainingEngine.train_step`."""
+        rows = self._rows(batch)
+        with engine_errors("in a training step"):
+            self._optimizer.set_learning_rate(lr)
+            loss = self._step(rows, np.arange(len(batch)))
+        return finite_loss(loss, 1)
+
+    def train(self, data: Examples, config: TrainConfig, seed: int) -> TrainResult:
+        """See :meth:`TrainingEngine.train`."""
+        rows = self._rows(data)
+        total, steps, seen = 0.0, 0, 0
+        with engine_errors("in training"):
+            self._optimizer.set_learning_rate(config.lr)
+            for chosen in batch_indices(len(data), config, seed):
+                total += self._step(rows, chosen) * len(chosen)
+                seen += len(chosen)
+                steps += 1
+        return TrainResult(finite_loss(total / seen, steps), steps, seen)
+
+    def gradients(self, batch: Examples) -> tuple[float, Params]:
+        """See :meth:`TrainingEngine.gradients`."""
+        rows = self._rows(batch)
+        with engine_errors("computing gradients"):
+            loss = self._forward_backward(rows, np.arange(len(batch)))
+            found = {n: np.array(self._state.parameters[n].grad) for n in self._manifest.trainable}
+            self._module.lazy_reset_grad()
+        return loss, found
+
+    def evaluate(self, data: Examples, batch_size: int = 256) -> EvalResult:
+        """See :meth:`TrainingEngine.evaluate`."""
+        return self._scorer.evaluate(self._params, data, batch_size)
+
+    def predict(self, inputs: Params, batch_size: int = 256) -> Params:
+        """See :meth:`TrainingEngine.predict`."""
+        return self._scorer.predict(self._params, inputs, batch_size)
+
+    def close(self) -> None:
+        """See :meth:`TrainingEngine.close`."""
+        self.__dict__.clear()
+
+    def _load(self, params: Params) -> None:
+        """(Re)load module and optimizer, whose memory is zero then, and fill in the params.
+
+        The files are admitted, then written for ORT, whose API takes paths, to a private folder
+        that is gone when this returns.
+        """
+        self._batches.clear()
+        with tempfile.TemporaryDirectory(prefix="fedge-engine-") as folder:
+            place = Path(folder)
+            (place / CHECKPOINT).write_bytes(self._bundle.read(CHECKPOINT))
+            for name in (TRAINING, OPTIMIZER):
+                (place / name).write_bytes(read_model(self._bundle, name))
+            with engine_errors("loading the training artifacts"):
+                self._open(place)
+        self._write(params)
+        self._stepped = False
+
+    def _open(self, place: Path) -> None:
+        self._state = api.CheckpointState.load_checkpoint(place / CHECKPOINT)
+        options = session_options(self._threads)
+        self._module = api.Module(place / TRAINING, self._state, session_options=options)
+        size = self._module.get_parameters_size(False)
+        zeros = shared(np.zeros(size, np.float32))
+        # A nominal checkpoint holds no values; they must be completed in one piece first. The
+        # wrapper passes its argument on as it is and the C object is what is wanted.
+        self._module.copy_buffer_to_parameters(zeros._ortvalue, False)
+        self._optimizer = api.Optimizer(place / OPTIMIZER, self._module)
+        self._order = tuple(self._module.input_names())
+        self._params = {p.name: self._view(p.name) for p in self._manifest.params}
+
+    def _view(self, name: str) -> Array:
+        if name not in self._state.parameters:
+            raise ArtifactError(f"the bundle's checkpoint has no param {name}; build it again")
+        view: Array = self._state.parameters[name].data  # ORT's own memory, writable
+        return view
+
+    def _write(self, params: Params) -> None:
+        for name, value in params.items():
+            self._params[name][...] = value
+
+    def _rows(self, data: Examples) -> Params:
+        ready = check_examples(self._manifest, data)
+        return {**ready.inputs, self._manifest.labels.name: ready.labels}
+
+    def _step(self, rows: Params, chosen: Indices) -> float:
+        loss = self._forward_backward(rows, chosen)
+        self._optimizer.step()
+        self._module.lazy_reset_grad()
+        self._stepped = True
+        return loss
+
+    def _forward_backward(self, rows: Params, chosen: Indices) -> float:
+        buffers, values = self._batch(len(chosen))
+        for name, buffer in buffers.items():
+            rows[name].take(chosen, 0, buffer, "clip")
+        out = OrtValueVector()
+        self._module._model.train_step_with_ort_values(values, out)
+        return float(out[0].numpy())
+
+    def _batch(self, size: int) -> tuple[Params, Any]:
+        if size not in self._batches:
+            if len(self._batches) >= KEPT_SIZES:
+                self._batches.pop(next(iter(self._batches)))
+            buffers = row_buffers(self._manifest, size)
+            values = OrtValueVector()
+            values.reserve(len(buffers))
+            for name in self._order:
+                values.push_back(shared(buffers[name])._ortvalue)
+            self._batches[size] = buffers, values
+        return self._batches[size]

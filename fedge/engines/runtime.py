@@ -1,0 +1,86 @@
+"""The one door to onnxruntime: sessions, their settings, and its exceptions as ours."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from fedge.artifacts.manifest import Manifest
+from fedge.artifacts.ort_import import prepare_onnxruntime
+from fedge.errors import EngineError, FedgeError
+from fedge.types import Array, Params
+
+prepare_onnxruntime()
+
+import onnxruntime as ort  # noqa: E402
+
+ERRORS_ONLY = 3  # onnxruntime's severity scale
+
+
+def session_options(threads: int) -> Any:  # noqa: ANN401 - onnxruntime has no types
+    """Settings shared by all sessions; idle threads sleep, since devices have other work."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = ERRORS_ONLY
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
+
+
+class Session:
+    """One admitted model, ready to run on the CPU."""
+
+    def __init__(self, model: bytes, threads: int = 1) -> None:
+        with engine_errors("loading a model"):
+            self.raw = ort.InferenceSession(
+                model, session_options(threads), providers=["CPUExecutionProvider"]
+            )
+        self.inputs: tuple[str, ...] = tuple(i.name for i in self.raw.get_inputs())
+        self.outputs: tuple[str, ...] = tuple(o.name for o in self.raw.get_outputs())
+
+    def run(self, feeds: Params, outputs: Sequence[str] | None = None) -> Params:
+        """Outputs by name; feeds that the graph does not take are left out."""
+        names = list(outputs or self.outputs)
+        fed = {n: feeds[n] for n in self.inputs if n in feeds}
+        with engine_errors("running a model"):
+            values: list[Array] = self.raw.run(names, fed)
+        return dict(zip(names, values, strict=True))
+
+
+@contextlib.contextmanager
+def engine_errors(doing: str) -> Iterator[None]:
+    """Turn what onnxruntime raises (it has no common base class) into EngineError."""
+    try:
+        yield
+    except FedgeError:
+        raise
+    except Exception as exc:
+        text = str(exc).replace("\n", " ")
+        raise EngineError(f"onnxruntime failed {doing}: {type(exc).__name__}: {text}") from exc
+
+
+def row_buffers(manifest: Manifest, size: int) -> Params:
+    """Zeroed buffers for ``size`` rows of every model input and of the labels, by name."""
+    specs = [(s.name, s.dtype, s.shape) for s in manifest.inputs]
+    specs.append((manifest.labels.name, manifest.labels.dtype, manifest.labels.shape))
+    return {n: np.zeros((size, *(int(d) for d in shape[1:])), t) for n, t, shape in specs}
+
+
+def shared(array: Array) -> Any:  # noqa: ANN401 - onnxruntime's OrtValue
+    """An OrtValue over the array's own memory (on the CPU nothing is copied)."""
+    return ort.OrtValue.ortvalue_from_numpy(array)
+
+
+def finite_loss(loss: float, steps: int) -> float:
+    """The loss, if it is a number.
+
+    Raises:
+        EngineError: If training diverged.
+    """
+    if not math.isfinite(loss):
+        raise EngineError(f"training diverged: the loss is {loss} after {steps} steps; lower lr")
+    return loss
