@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fedge.errors import StateError
 from fedge.platform import atomic_write, private_dir
-from fedge.wire.serde import Receiver, check_digest
+from fedge.wire.serde import Receiver, check_digest, check_task_id
 
 
 class Blobs:
@@ -21,6 +21,7 @@ class Blobs:
     def __init__(self, root: Path) -> None:
         self._root = private_dir(root)
         self._tmp = private_dir(root / "tmp")
+        self._updates = private_dir(root / "updates")
 
     def clear_partial(self) -> None:
         """Remove what was arriving when the last process died; only the server calls this."""
@@ -62,11 +63,20 @@ class Blobs:
         return data
 
     def receiver(self, digest: str, total_bytes: int) -> Receiver:
-        """A writer for content that arrives in chunks; commit it to :meth:`path`."""
-        private_dir(self.path(digest).parent)
+        """A writer for an update that arrives in chunks; commit it to :meth:`update_path`."""
         part = self._tmp / f"{digest[:16]}-{secrets.token_hex(8)}"
         return Receiver(part, digest, max_bytes=total_bytes, total_bytes=total_bytes)
 
-    def remove(self, digest: str) -> None:
-        """Forget content nobody refers to any more."""
-        self.path(digest).unlink(missing_ok=True)
+    def update_path(self, task_id: str, digest: str) -> Path:
+        """Where a task's update lies.
+
+        Updates are kept apart from other content and apart from each other: removing a refused
+        one must not remove what somebody else sent.
+        """
+        check_task_id(task_id)
+        check_digest("update", digest)
+        return self._updates / f"{task_id}.{digest}"
+
+    def remove_update(self, task_id: str, digest: str) -> None:
+        """Forget an update that was refused or reduced."""
+        self.update_path(task_id, digest).unlink(missing_ok=True)

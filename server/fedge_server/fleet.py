@@ -147,7 +147,6 @@ class Fleet:
         if now_s > token.expires_s:
             raise RefusedError("this token has expired; ask for a new one")
         node = NodeRow(
-            num=0,
             client_id=client_id,
             mode=MODES[request.mode],
             tag=token.tag,

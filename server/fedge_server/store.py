@@ -46,8 +46,7 @@ _tokens = _table(
 )
 _nodes = _table(
     "nodes",
-    _c("num", _I, primary_key=True),
-    _c("client_id", _S, unique=True),
+    _c("client_id", _S, primary_key=True),
     _c("mode", _S),
     _c("tag", _S),
     _c("token_id", _S),
@@ -130,9 +129,8 @@ class TokenRow:
 
 @dataclass(frozen=True)
 class NodeRow:
-    """An admitted device. ``num`` is the id Flower sees; ``status`` active or revoked."""
+    """An admitted device; ``status`` is active or revoked."""
 
-    num: int
     client_id: str
     mode: str
     tag: str
@@ -284,7 +282,7 @@ class Store:
         """Admit a device and spend one use of its token, in one transaction.
 
         Returns:
-            Whether the token had a use left; nothing is changed if not. ``node.num`` is ignored.
+            Whether the token had a use left; nothing is changed if not.
         """
         with self._writing() as db:
             left = db.scalar(
@@ -294,9 +292,7 @@ class Store:
                 return False
             spent = {"uses_left": left - 1, "spent_s": now_s if left == 1 else None}
             db.execute(_tokens.update().where(_tokens.c.token_id == node.token_id).values(spent))
-            values = _values(node)
-            del values["num"]
-            db.execute(_nodes.insert().values(values))
+            db.execute(_nodes.insert().values(_values(node)))
             return True
 
     def update_node(self, client_id: str, **changes: object) -> bool:
@@ -304,6 +300,12 @@ class Store:
         with self._writing() as db:
             where = _nodes.c.client_id == client_id
             return db.execute(_nodes.update().where(where).values(changes)).rowcount > 0
+
+    def revoked(self) -> set[str]:
+        """Names of the devices that were revoked."""
+        query = sa.select(_nodes.c.client_id).where(_nodes.c.status == "revoked")
+        with self._read.connect() as db:
+            return set(db.scalars(query))
 
     def disconnect_all(self) -> None:
         """Mark every node as away: a server that just started has no sessions."""
@@ -325,14 +327,18 @@ class Store:
         with self._writing() as db:
             db.execute(_runs.update().where(_runs.c.run_id == run_id).values(status=status))
 
-    def append_event(self, run_id: str, event: dict[str, Any]) -> None:
-        """Append to a run's journal."""
+    def append_event(
+        self, run_id: str, event: dict[str, Any], model: ModelRow | None = None
+    ) -> None:
+        """Append to a run's journal, with the model that the event commits, if any."""
         with self._writing() as db:
             last = db.scalar(
                 sa.select(sa.func.max(_events.c.seq)).where(_events.c.run_id == run_id)
             )
             row = {"run_id": run_id, "seq": (last or 0) + 1, "json": json.dumps(event)}
             db.execute(_events.insert().values(row))
+            if model is not None:
+                db.execute(_insert_or_ignore(_models, _values(model)))
 
     def events(self, run_id: str) -> list[dict[str, Any]]:
         """A run's journal, in order."""
@@ -417,17 +423,18 @@ class Store:
         with self._read.connect() as db:
             return list(db.scalars(sa.select(_bundles.c.digest).order_by(_bundles.c.seq)))
 
-    def add_model(self, model: ModelRow) -> None:
-        """Remember a committed model."""
-        with self._writing() as db:
-            db.execute(_insert_or_ignore(_models, _values(model)))
-
     def models(self, run_id: str | None = None) -> list[ModelRow]:
         """Committed models, oldest first."""
         query = sa.select(_models).join(_runs, _runs.c.run_id == _models.c.run_id)
         if run_id is not None:
             query = query.where(_models.c.run_id == run_id)
         return self._all(ModelRow, query.order_by(_runs.c.created_s, _models.c.round_num))
+
+    def newest_model(self) -> ModelRow | None:
+        """The model committed last."""
+        query = sa.select(_models).join(_runs, _runs.c.run_id == _models.c.run_id)
+        newest = query.order_by(_runs.c.created_s.desc(), _models.c.round_num.desc())
+        return self._one(ModelRow, newest)
 
     def may_download(self, client_id: str, digest: str) -> bool:
         """Whether params with this digest are a model, or belong to a task of this client."""
