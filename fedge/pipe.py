@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -76,6 +78,7 @@ def serve(handlers: Mapping[str, Handler], argv: Sequence[str] | None = None) ->
     sock = socket.socket(fileno=int(args[args.index("--pipe-fd") + 1]))
     os.dup2(2, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    _end_with_parent(sock)
     while True:
         try:
             header, blobs = receive(sock)
@@ -87,7 +90,24 @@ def serve(handlers: Mapping[str, Handler], argv: Sequence[str] | None = None) ->
             answer = ({"error": type(exc).__name__, "message": str(exc)}, [])
         except Exception as exc:  # noqa: BLE001 - every failure must reach the parent as an answer
             answer = ({"error": "EngineError", "message": f"{type(exc).__name__}: {exc}"}, [])
-        send(sock, *answer)
+        try:
+            send(sock, *answer)
+        except ConnectionError:
+            return 0
+
+
+def _end_with_parent(sock: socket.socket) -> None:
+    """End this process when the other side is gone, however busy it is just then."""
+    if not hasattr(select, "poll"):
+        return
+    hangup = select.poll()
+    hangup.register(sock, 0)  # POLLHUP and POLLERR are always reported
+
+    def watch() -> None:
+        hangup.poll()
+        os._exit(0)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
 class Child:
@@ -105,6 +125,8 @@ class Child:
         silence_telemetry(env)
         if Path(python) == Path(sys.executable):
             env["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+        elif "PYTHONPATH" not in (environ or {}):
+            env.pop("PYTHONPATH", None)  # our packages are not that interpreter's
         with theirs:
             self._process = subprocess.Popen(
                 [str(python), "-m", module, "--pipe-fd", str(theirs.fileno()), *args],
