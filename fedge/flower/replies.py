@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import random
 from collections.abc import Callable, Iterator, Mapping
@@ -163,5 +164,6 @@ def _cleaned(reply: Message, weight: int, metrics: Metrics, keys: tuple[str, ...
     content = RecordDict({messages.METRICS: numbers})
     for record in reply.content.array_records.values():
         content[messages.ARRAYS] = record
-    reply.content = content
-    return reply
+    cleaned = copy.copy(reply)  # the grid's own message stays whole, to be pulled again
+    cleaned.content = content
+    return cleaned
