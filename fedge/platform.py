@@ -102,16 +102,3 @@ def exclusive(path: Path, what: str) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
-
-
-def die_with_parent() -> None:
-    """Ask the kernel to end this process when the one that started it ends, however that ends.
-
-    Linux only; elsewhere a worker ends when it next reads its pipe.
-    """
-    if sys.platform != "linux":
-        return
-    import ctypes
-
-    pr_set_pdeathsig, sigkill = 1, 9
-    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, sigkill)
