@@ -123,7 +123,7 @@ class _Plan:
         up = Updates(forward.op, {n: forward.params[n] for n in self.trainable}, lr)
         apply_optimizer(up, self.optimizer, gradients)
         for name, value in up.next.items():
-            value.shape = (up.state | up.params)[name].shape
+            value.shape = {**up.state, **up.params}[name].shape
             value.dtype = ir.DataType.FLOAT
         outputs = {"loss": loss, **{f"{n}@next": v for n, v in up.next.items()}}
         inputs = [*forward.inputs, labels, lr, *forward.params.values(), *up.state.values()]

@@ -16,15 +16,40 @@ import onnx_ir as ir
 
 from fedge.errors import UnsupportedOperatorError
 
-Gradients: TypeAlias = "ir.Value | None | Sequence[ir.Value | None]"
+Gradients: TypeAlias = "ir.Value | Sequence[ir.Value | None] | None"
 Rule: TypeAlias = Callable[..., Gradients]
 _AnyRule = TypeVar("_AnyRule", bound=Callable[..., Any])
 _RULES: dict[str, Rule] = {}
 
 # No gradient flows through these: their outputs are integers, booleans or constants.
 CONSTANT = frozenset(
-    "And ArgMax ArgMin Ceil Constant ConstantOfShape Equal EyeLike Floor Greater GreaterOrEqual "
-    "IsInf IsNaN Less LessOrEqual NonZero Not OneHot Or Range Round Shape Sign Size Xor".split()
+    {
+        "And",
+        "ArgMax",
+        "ArgMin",
+        "Ceil",
+        "Constant",
+        "ConstantOfShape",
+        "Equal",
+        "EyeLike",
+        "Floor",
+        "Greater",
+        "GreaterOrEqual",
+        "IsInf",
+        "IsNaN",
+        "Less",
+        "LessOrEqual",
+        "NonZero",
+        "Not",
+        "OneHot",
+        "Or",
+        "Range",
+        "Round",
+        "Shape",
+        "Sign",
+        "Size",
+        "Xor",
+    }
 )
 
 

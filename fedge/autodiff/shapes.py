@@ -58,7 +58,7 @@ def _infer(model: onnx.ModelProto, rows: int) -> dict[str, tuple[int, Sequence[i
         inferred = onnx.shape_inference.infer_shapes(copy, data_prop=True).graph
     except onnx.shape_inference.InferenceError as exc:
         raise ArtifactError(f"the model's shapes do not fit each other: {exc}") from exc
-    found = {}
+    found: dict[str, tuple[int, Sequence[int]]] = {}
     for value in (*inferred.input, *inferred.value_info, *inferred.output):
         tensor = value.type.tensor_type
         if tensor.HasField("shape") and all(d.HasField("dim_value") for d in tensor.shape.dim):
