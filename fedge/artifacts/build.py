@@ -1,0 +1,198 @@
+"""``fedge.build``: from a model to a signed bundle that devices train."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+import fedge
+from fedge import tensors
+from fedge.artifacts import manifest as form
+from fedge.artifacts import reference
+from fedge.artifacts.admission import admit_model
+from fedge.artifacts.bundle import Bundle
+from fedge.artifacts.manifest import Manifest, Optimizer
+from fedge.artifacts.model import normalize, read_model, strip
+from fedge.artifacts.ort_build import OrtRequest, build_ort_files
+from fedge.artifacts.preprocessing import Preprocessing, build_preprocessor
+from fedge.artifacts.selection import (
+    Choice,
+    Patterns,
+    Source,
+    choose,
+    param_names,
+    running_statistics,
+)
+from fedge.artifacts.signing import generate_signing_key
+from fedge.autodiff import TrainingGraphs, training_graphs
+from fedge.autodiff.optimizers import settings_of
+from fedge.config import TrainConfig
+from fedge.errors import ConfigError
+from fedge.types import Params
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+OptimizerLike: TypeAlias = str | Optimizer | Mapping[str, Any]
+
+
+def build(
+    model: Any,  # noqa: ANN401 - naming torch's type would import torch
+    *,
+    loss: str,
+    optimizer: OptimizerLike = "sgd",
+    sample: Any = None,  # noqa: ANN401 - arrays, tensors, or collections of them
+    trainable: Patterns = None,
+    shared: Patterns = None,
+    personal: Patterns = None,
+    preprocessing: Preprocessing = None,
+    train: TrainConfig | None = None,
+    out: str | Path | None = None,
+    name: str | None = None,
+    signing_key: Ed25519PrivateKey | None = None,
+) -> Bundle:
+    """Make a bundle: training, gradient, evaluation and inference graphs, params, manifest.
+
+    Args:
+        model: An ONNX model (path, bytes or ModelProto; no torch needed) or ``torch.nn.Module``.
+        loss: ``cross_entropy`` (output [N, classes]), ``bce_with_logits`` or ``mse``, of the first
+            output; a mean over the batch.
+        optimizer: ``"sgd"``, ``"adamw"``, or one with settings, such as
+            ``{"name": "sgd", "momentum": 0.9}``.
+        sample: At least one row of input; needed for an nn.Module.
+        trainable: Glob patterns of the tensors to train; by default all that can be.
+        shared: Patterns of trained tensors that may leave a device; by default all.
+        personal: Patterns of trained tensors that never leave one. Exclusive with ``shared``.
+        preprocessing: None, ``Standardize``, ``SiteStandardize`` or an ONNX model; from a site's
+            raw columns to the model's inputs.
+        train: Local training settings devices use unless a round says otherwise.
+        out: Folder to make; None makes a temporary one that lives as long as the bundle object.
+        name: Of the model; by default from the file or class.
+        signing_key: Ed25519 key to sign with; a fresh one by default.
+
+    Returns:
+        The bundle, opened and verified as a device would.
+
+    Raises:
+        ConfigError: If an option is wrong or does not fit the model.
+        ArtifactError: If the model cannot be used; UnsupportedOperatorError names the operator.
+    """
+    source = _read(model, sample)
+    params = choose(source, Choice(trainable, shared, personal))
+    request = OrtRequest(source.model, loss, params, _optimizer(optimizer))
+    graphs = _differentiate(source, request)
+    pre = build_preprocessor(preprocessing, graphs.inputs)
+    values = _values(source)
+    files = _graph_files(graphs, pre.model)
+    files[form.PARAMS] = tensors.dump(values, {"kind": "params"})
+    examples = reference.draw_examples(graphs.inputs, graphs.labels, source.sample)
+    recorded = reference.record(files[form.GRAD], examples, graphs.labels.name, values)
+    files[form.REFERENCE] = reference.dump(recorded)
+    ort = build_ort_files(request, graphs.labels, recorded, values)
+    manifest = Manifest(
+        name=_name(name or source.name),
+        loss=loss,
+        optimizer=request.optimizer,
+        train=train or TrainConfig(),
+        raw_inputs=pre.raw_inputs,
+        inputs=graphs.inputs,
+        outputs=graphs.outputs,
+        labels=graphs.labels,
+        params=params,
+        state=graphs.state,
+        engines={"ort": "", "ort-training": ort.reason},
+        scaling=pre.scaling,
+        files={},
+        signer="",
+        provenance={**source.provenance, **ort.provenance, "fedge": fedge.__version__},
+    )
+    return Bundle.write(
+        manifest, {**files, **ort.files}, signing_key or generate_signing_key(), out
+    )
+
+
+def _read(model: Any, sample: Any) -> Source:  # noqa: ANN401
+    """An ONNX model or a module, in the builder's form."""
+    if isinstance(model, (str, Path, bytes, onnx.ModelProto)):
+        read = read_model(model)
+        digest = hashlib.sha256(read.SerializeToString(deterministic=True)).hexdigest()
+        name = Path(model).stem if isinstance(model, (str, Path)) else read.graph.name
+        normal = normalize(read)
+        params = param_names(normal)
+        trainable = tuple(n for n in params if n not in running_statistics(normal))
+        origin = {"model_sha256": digest, "onnx": onnx.__version__}
+        return Source(normal, params, trainable, {}, name, origin)
+    from fedge.artifacts.torch_export import export_module
+
+    exported = export_module(model, sample)
+    digest = hashlib.sha256(exported.model.SerializeToString(deterministic=True)).hexdigest()
+    origin = {"model_sha256": digest, "onnx": onnx.__version__, "torch": exported.torch_version}
+    return Source(
+        normalize(exported.model),
+        exported.params,
+        exported.trainable,
+        exported.sample,
+        type(model).__name__,
+        origin,
+    )
+
+
+def _differentiate(source: Source, request: OrtRequest) -> TrainingGraphs:
+    graphs = training_graphs(
+        source.model,
+        params=source.params,
+        trainable=[p.name for p in request.params if p.trainable],
+        loss=request.loss,
+        optimizer=request.optimizer,
+    )
+    missing = [p.name for p in request.params if p.trainable and not _reached(graphs, p.name)]
+    if missing:
+        raise ConfigError(f"the loss does not depend on {', '.join(missing)}; do not train them")
+    return graphs
+
+
+def _reached(graphs: TrainingGraphs, param: str) -> bool:
+    return any(o.name == f"{param}@grad" for o in graphs.grad.graph.output)
+
+
+def _graph_files(graphs: TrainingGraphs, preprocess: onnx.ModelProto) -> dict[str, bytes]:
+    """The graphs as the bytes that devices will admit."""
+    models = {
+        form.STEP: graphs.step,
+        form.GRAD: graphs.grad,
+        form.EVALUATE: graphs.evaluate,
+        form.INFER: graphs.infer,
+        form.PREPROCESS: preprocess,
+    }
+    for model in models.values():
+        strip(model)
+    return {name: admit_model(model.SerializeToString()) for name, model in models.items()}
+
+
+def _values(source: Source) -> Params:
+    """Every param's initial value, in order."""
+    found = {t.name: t for t in source.model.graph.initializer}
+    return {n: np.asarray(numpy_helper.to_array(found[n]), np.float32) for n in source.params}
+
+
+def _optimizer(given: OptimizerLike) -> Optimizer:
+    """With every setting filled in."""
+    if isinstance(given, str):
+        given = Optimizer(given)
+    elif isinstance(given, Mapping):
+        settings = {k: float(v) for k, v in given.items() if k != "name"}
+        given = Optimizer(str(given.get("name", "sgd")), settings)
+    return replace(given, settings=settings_of(given))
+
+
+def _name(text: str) -> str:
+    """Letters, digits, ``._-``, at most 64 of them."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")[:64] or "model"

@@ -1,0 +1,124 @@
+"""The builder's side of ONNX Runtime's training artifacts: start the worker, judge its result."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+
+import onnx
+
+from fedge import tensors
+from fedge.artifacts.admission import admit_model
+from fedge.artifacts.bundle import Reference
+from fedge.artifacts.manifest import ORT_FILES, LabelSpec, Optimizer, ParamSpec
+from fedge.artifacts.ort_import import TRAINING_PYTHON, find_training_python
+from fedge.errors import ArtifactError, EngineError
+from fedge.params import relative_distance
+from fedge.pipe import Child
+from fedge.types import Params
+
+AGREEMENT = 1e-5  # ‖Δ‖₂/‖reference‖₂ per tensor: what "to 1e-5" means everywhere
+_TIMEOUT_S = 600.0
+_NO_GRADIENT = re.compile(r"gradient builder has not been registered: (\w+)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class OrtRequest:
+    """What to build: the forward model, its loss on the first output, and the optimizer."""
+
+    model: onnx.ModelProto
+    loss: str
+    params: tuple[ParamSpec, ...]
+    optimizer: Optimizer
+
+
+@dataclass(frozen=True)
+class OrtFiles:
+    """The four files, or the reason why there are none."""
+
+    files: dict[str, bytes] = field(default_factory=dict)
+    reason: str = ""
+    provenance: dict[str, str] = field(default_factory=dict)
+
+
+def build_ort_files(
+    request: OrtRequest, labels: LabelSpec, recorded: Reference, values: Params
+) -> OrtFiles:
+    """Make the artifacts, take one step with them and compare it with the recorded one.
+
+    Args:
+        request: What to build.
+        labels: The label input.
+        recorded: The reference step, from ``grad.onnx``.
+        values: Every param at which it was recorded.
+
+    Returns:
+        The files, or why ONNX Runtime cannot make or use them.
+
+    Raises:
+        ArtifactError: If ONNX Runtime's loss or a gradient differs from the recorded one.
+    """
+    settings = {k: v for k, v in request.optimizer.settings.items() if v}
+    if request.optimizer.name == "sgd" and settings:
+        return OrtFiles(reason=f"ONNX Runtime's SGD has no {', '.join(sorted(settings))}")
+    python = find_training_python()
+    if python is None:
+        return OrtFiles(
+            reason=f"the builder's host has no training interpreter ({TRAINING_PYTHON})"
+        )
+    try:
+        with Child("fedge.artifacts.ort_artifacts", python) as child:
+            files, version = _build(child, request, labels)
+            loss, grads = _step(child, files, recorded, values)
+    except EngineError as exc:
+        return OrtFiles(reason=_reason(exc))
+    _compare(loss, grads, recorded)
+    return OrtFiles(files, provenance={"onnxruntime-training": version})
+
+
+def _build(child: Child, request: OrtRequest, labels: LabelSpec) -> tuple[dict[str, bytes], str]:
+    header = {
+        "loss": request.loss,
+        "labels": asdict(labels),
+        "optimizer": asdict(request.optimizer),
+        "trainable": [p.name for p in request.params if p.trainable],
+        "frozen": [p.name for p in request.params if not p.trainable],
+    }
+    answer, blobs = child.call("build", header, [request.model.SerializeToString()], _TIMEOUT_S)
+    files = dict(zip(ORT_FILES, blobs, strict=True))
+    for name in files:
+        if name.endswith(".onnx"):
+            files[name] = admit_model(files[name], "ort-training")
+    return files, str(answer["version"])
+
+
+def _step(
+    child: Child, files: Mapping[str, bytes], recorded: Reference, values: Params
+) -> tuple[float, Params]:
+    fed = {**recorded.examples.inputs, "labels": recorded.examples.labels}
+    header = {"files": list(files), "trainable": list(recorded.grads)}
+    blobs = [*files.values(), tensors.dump(fed), tensors.dump(values)]
+    answer, found = child.call("step", header, blobs, _TIMEOUT_S)
+    return float(answer["loss"]), tensors.load(found[0])[0]
+
+
+def _compare(loss: float, grads: Params, recorded: Reference) -> None:
+    if abs(loss - recorded.loss) > AGREEMENT * max(abs(recorded.loss), 1e-12):
+        raise ArtifactError(
+            f"the engines disagree: loss {loss!r} by ONNX Runtime's training API, "
+            f"{recorded.loss!r} by grad.onnx; please report this model"
+        )
+    for name, distance in relative_distance(grads, recorded.grads).items():
+        if not distance <= AGREEMENT:
+            raise ArtifactError(
+                f"the engines disagree: the gradient of {name!r} by ONNX Runtime's training API "
+                f"is {distance:.1e} off that of grad.onnx; please report this model"
+            )
+
+
+def _reason(exc: EngineError) -> str:
+    found = _NO_GRADIENT.search(str(exc))
+    if found:
+        return f"ONNX Runtime has no gradient for {found[1]}"
+    return f"ONNX Runtime cannot train this model: {exc}"

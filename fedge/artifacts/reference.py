@@ -1,0 +1,116 @@
+"""The reference step of a bundle: a small batch, its loss and gradients at the initial params.
+
+``python -m fedge.artifacts.reference`` is the worker that runs ``grad.onnx`` for it in stock ONNX
+Runtime; :func:`record` is the builder's side. Engines are later compared with what it found.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+
+from fedge import tensors
+from fedge.artifacts.bundle import Reference
+from fedge.artifacts.manifest import LabelSpec, TensorSpec
+from fedge.errors import ArtifactError, EngineError
+from fedge.pipe import Child, Frame, serve
+from fedge.platform import silence_telemetry
+from fedge.seeds import derive_seed
+from fedge.types import Examples, Params
+
+ROWS = 4
+_TIMEOUT_S = 300.0
+
+
+def draw_examples(
+    inputs: tuple[TensorSpec, ...], labels: LabelSpec, sample: Params | None = None
+) -> Examples:
+    """A small batch that repeats: the same for the same specifications.
+
+    Args:
+        inputs: Model inputs; floats are drawn from a standard normal distribution.
+        labels: Drawn from their range.
+        sample: Rows of real inputs; integer inputs are taken from them, since only the model
+            knows which integers are valid. Without one they are 0 or 1.
+    """
+    rng = np.random.Generator(np.random.Philox(derive_seed(0, "reference")))
+    values: Params = {}
+    for spec in inputs:
+        shape = _shape(spec.shape)
+        if spec.dtype.startswith("float"):
+            values[spec.name] = rng.standard_normal(shape).astype(spec.dtype)
+        elif sample is not None and spec.name in sample:
+            values[spec.name] = np.resize(sample[spec.name], shape).astype(spec.dtype)
+        else:
+            values[spec.name] = rng.integers(0, 2, shape).astype(spec.dtype)
+    shape = _shape(labels.shape)
+    if labels.low is None or labels.high is None:
+        return Examples(values, rng.standard_normal(shape).astype(labels.dtype))
+    drawn = rng.integers(int(labels.low), int(labels.high) + 1, shape)
+    return Examples(values, drawn.astype(labels.dtype))
+
+
+def record(grad_model: bytes, examples: Examples, labels: str, params: Params) -> Reference:
+    """Run ``grad.onnx`` once, in a worker.
+
+    Args:
+        grad_model: Admitted bytes.
+        examples: The batch.
+        labels: Name of the label input.
+        params: Every param, at its initial value.
+
+    Raises:
+        ArtifactError: If it fails, or gives NaN or infinity.
+    """
+    feeds = {**examples.inputs, labels: examples.labels, **params}
+    with Child("fedge.artifacts.reference") as child:
+        try:
+            _, blobs = child.call("run", {}, [grad_model, tensors.dump(feeds)], _TIMEOUT_S)
+        except EngineError as exc:
+            raise ArtifactError(f"the model's gradient graph does not run: {exc}") from exc
+    outputs, _ = tensors.load(blobs[0])
+    for name, value in outputs.items():
+        if not np.isfinite(value).all():
+            raise ArtifactError(f"{name} is not finite at the initial params; check the model")
+    loss = float(outputs.pop("loss"))
+    return Reference(examples, loss, {n.removesuffix("@grad"): a for n, a in outputs.items()})
+
+
+def dump(recorded: Reference) -> bytes:
+    """``reference.safetensors``, as :meth:`fedge.artifacts.bundle.Bundle.reference` reads it."""
+    named = {f"input/{n}": a for n, a in recorded.examples.inputs.items()}
+    named["labels"] = recorded.examples.labels
+    named |= {f"grad/{n}": a for n, a in recorded.grads.items()}
+    return tensors.dump(named, {"kind": "reference", "loss": recorded.loss})
+
+
+def _shape(dims: tuple[int | str, ...]) -> tuple[int, ...]:
+    return tuple(ROWS if isinstance(d, str) else d for d in dims)
+
+
+def _handle_run(_: dict[str, Any], blobs: list[bytes]) -> Frame:
+    silence_telemetry()
+    import onnxruntime
+
+    feeds, _meta = tensors.load(blobs[1])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(blobs[0], options, providers=["CPUExecutionProvider"])
+    names = [o.name for o in session.get_outputs()]
+    wanted = {i.name for i in session.get_inputs()}
+    outputs = session.run(names, {n: a for n, a in feeds.items() if n in wanted})
+    return {"onnxruntime": onnxruntime.__version__}, [
+        tensors.dump(dict(zip(names, outputs, strict=True)))
+    ]
+
+
+def main() -> int:
+    """The worker: answer until the parent closes the pipe."""
+    return serve({"run": _handle_run})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
