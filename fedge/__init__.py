@@ -20,7 +20,7 @@ _HOME = {
     "RunConfig": "fedge.config",
     "TrainConfig": "fedge.config",
     "build": "fedge.artifacts.build",
-    "export": "fedge.export",
+    "export": "fedge.exporting",
 }
 _MODULES = ("data", "errors", "metrics", "strategies")
 

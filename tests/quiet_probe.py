@@ -1,0 +1,91 @@
+"""Run a command in a namespace of its own and report every host it looked for.
+
+Started as ``unshare --user --map-root-user --net --mount python quiet_probe.py SECONDS HOME
+COMMAND…``. The namespace has a loopback device, a resolver that points at a listener in here, and
+no way out. The command runs for SECONDS with none of the variables that switch telemetry off.
+Prints one JSON object: ``names`` asked for, ``addresses`` of other machines that packets were sent
+to, and the command's ``exit`` code (None: it was still running) and last ``errors``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+UNSET = (
+    *("ORT_DISABLE_TELEMETRY", "FLWR_TELEMETRY_ENABLED", "FLWR_DISABLE_UPDATE_CHECK"),
+    *("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME", "FLWR_HOME"),
+)
+ETH_P_ALL = 3
+
+
+def main() -> None:
+    """Set the namespace up, run the command, print what was seen."""
+    seconds, home, command = float(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+    subprocess.run(["ip", "route", "add", "default", "dev", "lo"], check=True)
+    resolver = home.parent / "resolv.conf"
+    resolver.write_text("nameserver 127.0.0.1\n")
+    subprocess.run(["mount", "--bind", str(resolver), "/etc/resolv.conf"], check=True)
+
+    names: set[str] = set()
+    addresses: set[str] = set()
+    dns = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    dns.bind(("127.0.0.1", 53))
+    threading.Thread(target=_answer, args=(dns, names), daemon=True).start()
+    wire = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETH_P_ALL))
+    threading.Thread(target=_watch, args=(wire, addresses), daemon=True).start()
+
+    code, errors = _run(command, home, seconds)
+    seen = {"names": sorted(names), "addresses": sorted(addresses), "exit": code}
+    print(json.dumps({**seen, "errors": errors[-2000:]}))
+
+
+def _run(command: list[str], home: Path, seconds: float) -> tuple[int | None, str]:
+    env = {name: value for name, value in os.environ.items() if name not in UNSET}
+    end = time.monotonic() + seconds
+    with (home.parent / "errors").open("w+") as errors:
+        process = subprocess.Popen(
+            command, env={**env, "HOME": str(home)}, stdout=errors, stderr=errors
+        )
+        time.sleep(max(0.0, end - time.monotonic()))
+        code = process.poll()
+        process.kill()
+        process.wait()
+        errors.seek(0)
+        return code, errors.read()
+
+
+def _answer(dns: socket.socket, names: set[str]) -> None:
+    """Note every name asked for, and say that it lives at 192.0.2.1 (RFC 5737: nobody's)."""
+    while True:
+        query, sender = dns.recvfrom(4096)
+        labels, at = [], 12
+        while query[at]:
+            labels.append(query[at + 1 : at + 1 + query[at]].decode(errors="replace"))
+            at += 1 + query[at]
+        names.add(".".join(labels))
+        question = query[12 : at + 5]
+        is_a = question[-4:-2] == b"\0\1"
+        head = query[:2] + struct.pack("!HHHHH", 0x8180, 1, int(is_a), 0, 0)
+        record = b"\xc0\x0c\0\1\0\1" + struct.pack("!LH", 60, 4) + bytes([192, 0, 2, 1])
+        dns.sendto(head + question + (record if is_a else b""), sender)
+
+
+def _watch(wire: socket.socket, addresses: set[str]) -> None:
+    """Note where every IPv4 packet that is not for this machine goes."""
+    while True:
+        packet = wire.recv(65535)
+        if packet[0] >> 4 == 4 and packet[16] != 127:
+            addresses.add(socket.inet_ntoa(packet[16:20]))
+
+
+if __name__ == "__main__":
+    main()
