@@ -1,4 +1,4 @@
-"""The device link, client side: one mutual-TLS channel, outward only. grpc is imported here alone."""
+"""The device link, client side: one mutual-TLS channel, outward only. grpc comes in here alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ from fedge.wire.v1 import link_pb2 as pb
 from fedge.wire.v1.link_pb2_grpc import LinkStub
 
 _CALL_S = 30.0  # a unary answer, or the next chunk
-_REFUSALS = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.ALREADY_EXISTS)
+_REFUSALS = (
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.ALREADY_EXISTS,
+    grpc.StatusCode.ABORTED,  # another connection with this identity took over
+)
 _FINAL = (
     grpc.StatusCode.PERMISSION_DENIED,
     grpc.StatusCode.INVALID_ARGUMENT,
@@ -61,7 +65,8 @@ class Stream:
             with _mapped("session"):
                 code, details = await self._call.code(), await self._call.details()
             raise _as_error("session", code, details or "the server closed it")
-        return event
+        received: pb.ServerEvent = event
+        return received
 
     def close(self) -> None:
         """End the session."""
@@ -89,7 +94,7 @@ class Link:
             ("grpc.enable_retries", 0),
         ]
         self._channel = grpc.aio.secure_channel(address, credentials, options)
-        self._stub = LinkStub(self._channel)
+        self._stub = LinkStub(self._channel)  # type: ignore[no-untyped-call]
 
     async def enroll(self, request: pb.EnrollRequest) -> pb.EnrollReply:
         """Ask to be admitted, or for a new certificate.
@@ -195,6 +200,12 @@ def _mapped(what: str) -> Iterator[None]:
         raise _as_error(what, exc.code(), exc.details()) from exc
     except TimeoutError as exc:
         raise LinkError(f"{what}: the server was silent for too long") from exc
+    except asyncio.CancelledError as exc:
+        # grpc raises it too, when the channel is closed under a running call.
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise LinkError(f"{what}: the channel was closed") from exc
     except (grpc.aio.UsageError, asyncio.InvalidStateError) as exc:
         raise LinkError(f"{what}: the channel is closed") from exc
 

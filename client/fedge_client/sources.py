@@ -99,7 +99,9 @@ class _Table:
         _want(not twice, config, f"names the column {', '.join(twice[:_SHOWN])} twice")
         for row, line in zip(rows, lines, strict=True):
             _want(
-                len(row) == len(names), config, f"line {line} has {len(row)} cells, the header {len(names)}"
+                len(row) == len(names),
+                config,
+                f"line {line} has {len(row)} cells, the header {len(names)}",
             )
         return cls(names, rows, lines)
 
@@ -263,7 +265,9 @@ def _test_rows(config: DataConfig, rows: int, parts: list[str] | None) -> Array:
         )
         return np.array([part == "test" for part in parts])
     held = round(rows * config.test_fraction)
-    order = np.random.Generator(np.random.Philox(derive_seed(config.seed, "split"))).permutation(rows)
+    order = np.random.Generator(np.random.Philox(derive_seed(config.seed, "split"))).permutation(
+        rows
+    )
     test = np.zeros(rows, bool)
     test[order[:held]] = True
     return test
@@ -277,9 +281,7 @@ def _texts(array: Array) -> list[str]:
 
 def _require(config: DataConfig, what: str, wanted: Sequence[str], present: Sequence[str]) -> None:
     missing = [n for n in wanted if n not in present]
-    _want(
-        not missing, config, f"lacks the {what} {_show(missing)}; it has {_show(present)}"
-    )
+    _want(not missing, config, f"lacks the {what} {_show(missing)}; it has {_show(present)}")
 
 
 def _where(index: Array, lines: list[int] | None) -> str:

@@ -39,7 +39,8 @@ async def fetch_bundle(
     usable = [e for e in engines if manifest.engines.get(e, "no") == ""]
     if not usable:
         raise ArtifactError(
-            f"bundle {digest[:12]}… offers {_offers(manifest)}; this device has {', '.join(engines)}"
+            f"bundle {digest[:12]}… offers {_offers(manifest)}; "
+            f"this device has {', '.join(engines)}"
         )
     wanted = [*COMMON_FILES, *(f for e in usable for f in ENGINE_FILES[e])]
     missing = [n for n in wanted if not (folder / n).exists()]

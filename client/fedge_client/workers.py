@@ -6,12 +6,11 @@ import asyncio
 import contextlib
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
-from fedge.engines.interpreters import find_training_python
-from fedge.errors import EngineUnavailableError, WorkerDiedError
+from fedge.engines.interpreters import find_training_python, interpreter_for
+from fedge.errors import WorkerDiedError
 from fedge.pipe import Child
 from fedge_client.config import EngineConfig
 
@@ -20,27 +19,14 @@ MODULE = "fedge_client.worker"
 _ENVIRON = {"MALLOC_ARENA_MAX": "2", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
-def interpreter(engine: str, config: EngineConfig) -> Path:
-    """The Python that holds this engine's ONNX Runtime.
+def available(config: EngineConfig) -> tuple[str, ...]:
+    """Engines this device may use, as configured.
 
     Raises:
-        EngineUnavailableError: If there is no training interpreter.
+        EngineUnavailableError: If the one that is configured is not installed.
     """
-    if engine != "ort-training":
-        return Path(sys.executable)
-    found = find_training_python(config.training_python or None)
-    if found is None:
-        raise EngineUnavailableError(
-            "no interpreter with onnxruntime-training is known here; run: "
-            "fedge-client engines install ort-training"
-        )
-    return found
-
-
-def available(config: EngineConfig) -> tuple[str, ...]:
-    """Engines this device may use, as configured, the training one first where it is there."""
     if config.name != "auto":
-        interpreter(config.name, config)
+        interpreter_for(config.name, config.training_python or None)
         return (config.name,)
     training = find_training_python(config.training_python or None)
     return ("ort", "ort-training") if training else ("ort",)
@@ -75,10 +61,10 @@ class Workers:
             FedgeError: What the job raised.
         """
         async with self._lock:
-            child = self._start(interpreter(engine, self._config))
+            child = self._start(interpreter_for(engine, self._config.training_python or None))
             try:
                 return await asyncio.to_thread(child.call, name, header)
-            except WorkerDiedError:
+            except (WorkerDiedError, asyncio.CancelledError):
                 self._drop()
                 raise
             finally:

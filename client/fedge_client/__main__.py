@@ -1,0 +1,8 @@
+"""``python -m fedge_client`` is ``fedge-client``."""
+
+import sys
+
+from fedge_client.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
