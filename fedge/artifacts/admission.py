@@ -26,7 +26,7 @@ from fedge.artifacts.bundle import read_file
 from fedge.artifacts.manifest import ORT_FILES, FileEntry
 from fedge.artifacts.onnx_v1 import onnx_pb2
 from fedge.artifacts.operators import BY_KIND
-from fedge.errors import AdmissionError, WorkerDiedError
+from fedge.errors import AdmissionError, EngineError
 from fedge.pipe import Child, Frame, serve
 
 MAX_IR_VERSION = 10  # what onnxruntime 1.19 (training) and 1.22 (oldest supported) both read
@@ -140,7 +140,7 @@ def admit_files(folder: Path, files: Mapping[str, FileEntry], limits: Limits = L
             header = {"folder": str(folder.resolve()), "name": name, "bytes": entry.bytes}
             try:
                 child.call("admit", {**header, "sha256": entry.sha256}, (), limits.timeout_s)
-            except WorkerDiedError as exc:
+            except EngineError as exc:  # the worker died, or ran out of memory
                 raise AdmissionError(f"{name} refused: parsing it failed: {exc}") from exc
 
 

@@ -71,8 +71,8 @@ def build(
         trainable: Glob patterns of the tensors to train; by default all that can be.
         shared: Patterns of trained tensors that may leave a device; by default all.
         personal: Patterns of trained tensors that never leave one. Exclusive with ``shared``.
-        preprocessing: None, ``Standardize``, ``SiteStandardize`` or an ONNX model; from a site's
-            raw columns to the model's inputs.
+        preprocessing: From a site's raw columns to the model's inputs: None, ``Standardize``,
+            ``SiteStandardize`` (or ``"site"``), or an ONNX model.
         train: Local training settings devices use unless a round says otherwise.
         out: Folder to make; None makes a temporary one that lives as long as the bundle object.
         name: Of the model; by default from the file or class.
@@ -129,7 +129,8 @@ def _read(model: Any, sample: Any) -> Source:  # noqa: ANN401
         params = param_names(normal)
         trainable = tuple(n for n in params if n not in running_statistics(normal))
         origin = {"model_sha256": digest, "onnx": onnx.__version__}
-        return Source(normal, params, trainable, {}, name, origin)
+        rows = _sample_rows(sample, [i.name for i in normal.graph.input])
+        return Source(normal, params, trainable, rows, name, origin)
     from fedge.artifacts.torch_export import export_module
 
     exported = export_module(model, sample)
@@ -143,6 +144,17 @@ def _read(model: Any, sample: Any) -> Source:  # noqa: ANN401
         type(model).__name__,
         origin,
     )
+
+
+def _sample_rows(sample: Any, names: list[str]) -> Params:  # noqa: ANN401
+    if sample is None:
+        return {}
+    if not isinstance(sample, Mapping):
+        sample = dict(zip(names, [sample] if len(names) == 1 else sample, strict=False))
+    unknown = sorted(set(sample) - set(names))
+    if unknown:
+        raise ConfigError(f"sample names {unknown[0]!r}; the model takes {', '.join(names)}")
+    return {n: np.asarray(v) for n, v in sample.items()}
 
 
 def _differentiate(source: Source, request: OrtRequest) -> TrainingGraphs:

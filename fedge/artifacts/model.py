@@ -68,7 +68,7 @@ def normalize(model: onnx.ModelProto) -> onnx.ModelProto:
     model.graph.input.extend(inputs)
     _check_names([*(i.name for i in inputs), *(o.name for o in model.graph.output), *initializers])
     admit_model(model.SerializeToString())
-    for info in inputs:
+    for info in model.graph.input:
         _fix_input(info)
     return _infer_shapes(model)
 

@@ -275,7 +275,7 @@ def _version() -> str:
 
 def _first_line(exc: Exception) -> str:
     text = " ".join(str(exc).split())
-    return f"{type(exc).__name__}: {text}"[:500]
+    return f"{type(exc).__name__}: {text}"
 
 
 def _handle_build(header: dict[str, Any], blobs: list[bytes]) -> Frame:

@@ -121,4 +121,7 @@ def _reason(exc: EngineError) -> str:
     found = _NO_GRADIENT.search(str(exc))
     if found:
         return f"ONNX Runtime has no gradient for {found[1]}"
-    return f"ONNX Runtime cannot train this model: {exc}"
+    text = str(exc)
+    return (
+        f"ONNX Runtime cannot train this model: {text if len(text) <= 300 else '…' + text[-300:]}"
+    )

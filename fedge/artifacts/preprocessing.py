@@ -48,7 +48,7 @@ class SiteStandardize:
     input: str | None = None
 
 
-Preprocessing: TypeAlias = Standardize | SiteStandardize | onnx.ModelProto | None
+Preprocessing: TypeAlias = Standardize | SiteStandardize | onnx.ModelProto | str | None
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,10 @@ def build_preprocessor(how: Preprocessing, inputs: Sequence[TensorSpec]) -> Prep
     """
     if isinstance(how, onnx.ModelProto):
         return _custom(how, inputs)
+    if isinstance(how, str):
+        if how not in ("none", "site"):
+            raise ConfigError(f"preprocessing {how!r} is unknown; known: none, site")
+        how = SiteStandardize() if how == "site" else None
     if how is None:
         return Preprocessor(_assemble(inputs, {}, []), tuple(inputs), "none")
     target = _target(how.input, inputs)

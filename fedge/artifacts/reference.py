@@ -101,7 +101,13 @@ def _handle_run(_: dict[str, Any], blobs: list[bytes]) -> Frame:
     session = onnxruntime.InferenceSession(blobs[0], options, providers=["CPUExecutionProvider"])
     names = [o.name for o in session.get_outputs()]
     wanted = {i.name for i in session.get_inputs()}
-    outputs = session.run(names, {n: a for n, a in feeds.items() if n in wanted})
+    fed = {n: a for n, a in feeds.items() if n in wanted}
+    outputs, again = session.run(names, fed), session.run(names, fed)
+    if any(a.tobytes() != b.tobytes() for a, b in zip(outputs, again, strict=True)):
+        raise ArtifactError(
+            "the model is random in training (Dropout?), so engines cannot be compared on it; "
+            "remove what draws random numbers, or set its ratio to 0"
+        )
     return {"onnxruntime": onnxruntime.__version__}, [
         tensors.dump(dict(zip(names, outputs, strict=True)))
     ]
