@@ -122,8 +122,8 @@ def strategy_call(what: str, seed: int) -> Iterator[None]:
     logger = logging.getLogger("flwr")
     level, drawn = logger.level, random.getstate()
     random.seed(seed)
-    if logger.getEffectiveLevel() == logging.INFO:
-        logger.setLevel(logging.WARNING)
+    if not logging.getLogger("fedge.rounds").isEnabledFor(logging.DEBUG):
+        logger.setLevel(max(level, logging.WARNING))
     try:
         yield
     except FedgeError:

@@ -187,7 +187,7 @@ class LocalGrid(FleetGrid):
         after, num_examples, metrics = work(name, client.data, given, task.round_num, seed)
         after = {**before, **after}
         delta = compute_delta(after, {n: shared[n] for n in self._manifest.shared})
-        update = Update(name, task.round_num, delta, num_examples, dict(metrics))
+        update = Update(name, task.round_num, delta, num_examples, messages.finite(metrics))
         return update, algebra.select(after, self._manifest.personal)
 
     def _evaluate(self, message: Message, client: _Virtual, lane: _Lane) -> Message:
