@@ -11,7 +11,7 @@ from pathlib import Path
 from flwr.app import ArrayRecord, Message
 
 from fedge import tensors
-from fedge.errors import StateError
+from fedge.errors import FedgeError, StateError
 from fedge.flower import messages
 from fedge.flower.grid import FleetGrid, Group, message_id_of, node_id_of
 from fedge.flower.identity import set_message_id
@@ -28,6 +28,10 @@ KINDS = {
     messages.STATISTICS: pb.TASK_KIND_STATISTICS,
 }
 POLL_S = 1.0
+
+
+class StoppedError(FedgeError):
+    """The server is shutting down; the run goes on at the next start."""
 
 
 class LinkGrid(FleetGrid):
@@ -49,7 +53,7 @@ class LinkGrid(FleetGrid):
         self.notify: Callable[[Iterable[ClientId]], None] = _nobody
         self._messages: dict[str, Message] = {}
         self._changed = threading.Condition()
-        self._stopping = False
+        self._stopped = False
 
     def on_answer(self) -> None:
         """Wake whoever waits: an answer was recorded, or a device came or went."""
@@ -57,13 +61,12 @@ class LinkGrid(FleetGrid):
             self._changed.notify_all()
 
     def stop(self) -> None:
-        """Make every wait, now and later, raise: the server is shutting down."""
-        self._stopping = True
+        """Make every wait, now and later, raise :class:`StoppedError`."""
+        self._stopped = True
         self.on_answer()
 
     def clients(self) -> dict[int, ClientId]:
         """Everybody connected, active, federated and with data."""
-        self._check()
         return {
             node_id_of(n.client_id): n.client_id
             for n in self._store.nodes()
@@ -87,13 +90,12 @@ class LinkGrid(FleetGrid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
         """The replies that are there, one at a time."""
         for task_id in list(message_ids):
-            result = self._store.result(task_id)
-            if result is not None and task_id in self._messages:
-                yield self._reply(self._messages[task_id], result)
+            if task_id in self._messages and self.ready([task_id]):
+                yield self._reply(self._messages[task_id], self._store.result(task_id))
 
     def ready(self, ids: Iterable[str]) -> set[str]:
-        """Those of the tasks that have an answer."""
-        return self._store.answered(list(ids))
+        """Those of the tasks that are answered or withdrawn."""
+        return self._store.closed(list(ids))
 
     def wait(self, ids: Iterable[str], timeout_s: float) -> set[str]:
         """Block until all are answered or the time is over."""
@@ -101,7 +103,8 @@ class LinkGrid(FleetGrid):
         deadline = time.monotonic() + timeout_s
         with self._changed:
             while True:
-                self._check()
+                if self._stopped:
+                    raise StoppedError("the server is shutting down")
                 found = self.ready(wanted)
                 left_s = deadline - time.monotonic()
                 if found == wanted or left_s <= 0:
@@ -148,7 +151,9 @@ class LinkGrid(FleetGrid):
             digests[id(record)] = digest
         return digests[id(record)]
 
-    def _reply(self, message: Message, result: ResultRow) -> Message:
+    def _reply(self, message: Message, result: ResultRow | None) -> Message:
+        if result is None:
+            return messages.error_reply(message, "withdrawn before it was answered")
         if result.error:
             return messages.error_reply(message, result.error)
         extra = {"bytes_up": float(result.size_bytes)}
@@ -162,10 +167,6 @@ class LinkGrid(FleetGrid):
 
     def _update_path(self, result: ResultRow) -> Path:
         return self._blobs.update_path(result.task_id, result.digest)
-
-    def _check(self) -> None:
-        if self._stopping:
-            raise StateError("the server is shutting down; the run goes on at the next start")
 
 
 def _nobody(clients: Iterable[ClientId]) -> None:

@@ -393,9 +393,10 @@ class Store:
             db.execute(_tasks.update().where(where).values(state="done"))
             return "accepted"
 
-    def answered(self, task_ids: Sequence[str]) -> set[str]:
-        """Those of the tasks that have an answer."""
-        query = sa.select(_results.c.task_id).where(_results.c.task_id.in_(task_ids))
+    def closed(self, task_ids: Sequence[str]) -> set[str]:
+        """Those of the tasks that are answered or cancelled."""
+        t = _tasks.c
+        query = sa.select(t.task_id).where(t.task_id.in_(task_ids) & (t.state != "open"))
         with self._read.connect() as db:
             return set(db.scalars(query))
 
