@@ -147,7 +147,7 @@ def _engines(add: _Adder) -> None:
     )
     engines.add_argument("action", nargs="?", choices=("list", "install"), default="list")
     engines.add_argument("engine", nargs="?", choices=("ort-training",), default="ort-training")
-    engines.add_argument("--python", help="Python 3.9 to 3.12 for the new environment")
+    engines.add_argument("--python", help="Python 3.11 or 3.12 for the new environment")
     engines.add_argument("--find-links", metavar="DIR", help="where pip looks for wheels")
     engines.add_argument("--json", action="store_true", help="one JSON object")
     engines.set_defaults(func=commands.engines)

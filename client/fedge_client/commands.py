@@ -225,7 +225,7 @@ def _with_flags(config: ClientConfig, args: argparse.Namespace) -> ClientConfig:
     if changes and data is None:
         raise ConfigError(f"--{next(iter(changes)).replace('_', '-')} needs --data")
     if data is not None:
-        data = dataclasses.replace(data, **changes)  # type: ignore[arg-type]
+        data = dataclasses.replace(data, **changes)
     if args.engine is not None:
         engine = dataclasses.replace(engine, name=args.engine)
     return ClientConfig(data, engine)

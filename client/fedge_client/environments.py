@@ -21,7 +21,7 @@ from fedge_client.state import State
 
 WHEEL = "onnxruntime-training-cpu==1.19.2"  # the last release; see ARCHITECTURE.md
 NEEDS = ("numpy>=1.26,<3", "onnx>=1.18,<2", "flatbuffers", "protobuf>=6.31.1,<7")
-PYTHONS = ("python3.12", "python3.11", "python3.10", "python3.9")
+PYTHONS = ("python3.12", "python3.11")  # what both the wheel and fedge run on
 _TIMEOUT_S = 900.0
 
 

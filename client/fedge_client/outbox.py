@@ -131,8 +131,9 @@ class Outbox:
     @staticmethod
     def _read(folder: Path) -> Entry:
         try:
-            return from_mapping(Entry, json.loads((folder / TASK).read_bytes()), "outbox")
-        except (OSError, ValueError, ConfigError) as exc:
+            found = json.loads((folder / TASK).read_bytes())
+            return from_mapping(Entry, dict(found), "outbox")
+        except (OSError, ValueError, TypeError, ConfigError) as exc:
             raise StateError(f"outbox entry {folder} is damaged: {exc}; remove it") from exc
 
 

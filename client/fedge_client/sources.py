@@ -49,7 +49,6 @@ def load(config: DataConfig, manifest: Manifest) -> SiteData:
     read = _read_csv if config.format == "csv" else _read_npz
     inputs, labels, parts = read(config, manifest)
     examples = Examples(inputs, labels)
-    _want(len(examples) > 0, config, "has no rows; wanted at least one")
     test = _test_rows(config, len(examples), parts)
     train = examples.take(np.flatnonzero(~test))
     _want(len(train) > 0, config, f"leaves no row for training out of {len(examples)}")
@@ -66,10 +65,7 @@ def load_inputs(config: DataConfig, manifest: Manifest) -> Params:
     if config.format == "npz":
         arrays = _npz_arrays(config)
         return _npz_inputs(config, manifest, arrays)
-    table = _Table.read(config)
-    inputs = _csv_inputs(config, manifest, table)
-    _want(len(table.lines) > 0, config, "has no rows; wanted at least one")
-    return inputs
+    return _csv_inputs(config, manifest, _Table.read(config))
 
 
 @dataclass(frozen=True)
@@ -95,6 +91,7 @@ class _Table:
         except (OSError, UnicodeDecodeError, csv.Error) as exc:
             raise DataError(f"{_name(config)} cannot be read as CSV: {_reason(exc)}") from exc
         _want(bool(names), config, "is empty; wanted a header line and rows")
+        _want(bool(rows), config, "has no rows; wanted at least one")
         twice = sorted({n for n in names if names.count(n) > 1})
         _want(not twice, config, f"names the column {', '.join(twice[:_SHOWN])} twice")
         for row, line in zip(rows, lines, strict=True):
@@ -178,6 +175,7 @@ def _read_npz(config: DataConfig, manifest: Manifest) -> tuple[Params, Array, li
     if config.split:
         rows[config.split] = len(np.atleast_1d(arrays[config.split]))
     _want(len(set(rows.values())) == 1, config, f"has arrays of different lengths: {rows}")
+    _want(next(iter(rows.values())) > 0, config, "has no rows; wanted at least one")
     checked = _labels(config, manifest.labels, labels, None)
     return inputs, checked, _texts(arrays[config.split]) if config.split else None
 
@@ -248,7 +246,7 @@ def _labels(config: DataConfig, spec: LabelSpec, values: Array, lines: list[int]
     if bad.any():
         count = int(bad.any(axis=1).sum())
         raise DataError(
-            f"{_name(config)} {_where(np.argwhere(bad)[0], lines)}: label {config.label!r} is out "
+            f"{_name(config)} {_where(np.argwhere(bad)[0, :1], lines)}: label {config.label!r} is out "
             f"of range in {count} of {len(flat)} rows; wanted {wanted}"
         )
     return flat.astype(spec.dtype).reshape(len(values), *(int(d) for d in spec.shape[1:]))
