@@ -283,11 +283,10 @@ def _open_regular(path: Path) -> BinaryIO:
         fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except OSError as exc:
         raise ArtifactError(f"cannot read {path}: {exc.strerror}") from exc
-    handle = os.fdopen(fd, "rb")
     if not stat.S_ISREG(os.fstat(fd).st_mode):
-        handle.close()
+        os.close(fd)
         raise ArtifactError(f"{path} is not a regular file")
-    return handle
+    return os.fdopen(fd, "rb")
 
 
 def _offered(manifest: Manifest) -> list[str]:
