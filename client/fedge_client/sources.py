@@ -246,8 +246,8 @@ def _labels(config: DataConfig, spec: LabelSpec, values: Array, lines: list[int]
     if bad.any():
         count = int(bad.any(axis=1).sum())
         raise DataError(
-            f"{_name(config)} {_where(np.argwhere(bad)[0, :1], lines)}: label {config.label!r} is out "
-            f"of range in {count} of {len(flat)} rows; wanted {wanted}"
+            f"{_name(config)} {_where(np.argwhere(bad)[0, :1], lines)}: label {config.label!r} is "
+            f"out of range in {count} of {len(flat)} rows; wanted {wanted}"
         )
     return flat.astype(spec.dtype).reshape(len(values), *(int(d) for d in spec.shape[1:]))
 
