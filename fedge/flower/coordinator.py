@@ -125,6 +125,8 @@ class Coordinator:
                 "strategy %s is not resumable: its state is lost on a crash", self._strategy_name
             )
         if not events:
+            if self._keeper:
+                self._keeper.reset(self._strategy)
             return
         self._check_same_run()
         if self._keeper and self.state.strategy_digest:
@@ -257,7 +259,7 @@ class Coordinator:
     def _start_evaluation(self) -> None:
         number = self.state.round_num
         cohort = self._draw(self._grid.clients().values(), number, "evaluate")
-        needed = _least_nodes(self._strategy, "min_evaluate_nodes")
+        needed = least_nodes(self._strategy, "min_evaluate_nodes")
         self._emit(rounds.EvaluationStarted(number, cohort if len(cohort) >= needed else ()))
 
     def _collect_scores(self) -> None:
@@ -338,7 +340,7 @@ class Coordinator:
 def _check_settings(strategy: Strategy, config: RunConfig, run_id: str) -> None:
     if not run_id or not all(c.isalnum() or c in "._-" for c in run_id):
         raise ConfigError(f"run id {run_id!r} may hold letters, digits, '.', '_' and '-' only")
-    needed = _least_nodes(strategy, "min_train_nodes")
+    needed = least_nodes(strategy, "min_train_nodes")
     if needed > config.min_clients:
         raise ConfigError(
             f"{type(strategy).__name__} wants {needed} nodes, but a round may start with "
@@ -347,7 +349,8 @@ def _check_settings(strategy: Strategy, config: RunConfig, run_id: str) -> None:
         )
 
 
-def _least_nodes(strategy: Strategy, name: str) -> int:
+def least_nodes(strategy: Strategy, name: str) -> int:
+    """How many nodes a strategy waits for; ``name`` is its field for the phase."""
     fields = (name, "min_available_nodes")
     return max(int(getattr(strategy, field, 0)) for field in fields)
 

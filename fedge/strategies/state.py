@@ -29,10 +29,17 @@ from fedge.types import Params
 
 @dataclass(frozen=True)
 class StrategyState:
-    """How the state of one class of strategies becomes tensors and back."""
+    """How the state of one class of strategies becomes tensors and back.
+
+    Attributes:
+        save: The state of a strategy.
+        load: Put it back; no tensors at all mean the state of a new strategy.
+        own: Whether these are the strategy's own methods, which need not know the empty state.
+    """
 
     save: Callable[[Any], Params]
     load: Callable[[Any, Params], None]
+    own: bool = False
 
     def dump(self, strategy: Strategy) -> bytes:
         """The state as a tensor file; empty bytes where there is nothing to keep."""
@@ -47,11 +54,16 @@ class StrategyState:
         """
         self.load(strategy, tensors.load(data)[0] if data else {})
 
+    def reset(self, strategy: Strategy) -> None:
+        """Make a strategy that served another run like new."""
+        if not self.own:
+            self.load(strategy, {})
+
 
 def state_of(strategy: Strategy) -> StrategyState | None:
     """The adapter for a strategy, or None if its state cannot be kept."""
     if hasattr(strategy, "save_state") and hasattr(strategy, "load_state"):
-        return StrategyState(lambda s: s.save_state(), lambda s, t: s.load_state(t))
+        return StrategyState(lambda s: s.save_state(), lambda s, t: s.load_state(t), own=True)
     return _ADAPTERS.get(type(strategy))
 
 
