@@ -60,3 +60,8 @@ def folder(_built: Path, tmp_path: Path) -> Path:
     copy = tmp_path / "bundle"
     shutil.copytree(_built, copy)
     return copy
+
+
+@pytest.fixture(scope="session")
+def manifest_bytes(_built: Path) -> bytes:
+    return (_built / "manifest.json").read_bytes()
