@@ -15,21 +15,63 @@ from fedge.types import Array
 
 @vjp_rule("MaxPool")
 def max_pool(op: Ops, node: ir.Node, dy: Value, _indices: Value | None = None) -> Gradients:
-    """dy goes to the first maximum of each window, whose place the forward node reports."""
+    """dy goes to the first maximum of each window, in the order rows are stored."""
     x = node.inputs[0]
     windows = windows_of(node, attribute(node, "kernel_shape"))
+    if windows.tiling:
+        return _tiled_max_pool(op, node, dy, windows)
     if len(node.outputs) == 1:
         node.resize_outputs(2)
     indices = node.outputs[1]
     indices.name = indices.name or f"{node.outputs[0].name}@indices"
     node.attributes.pop("storage_order", None)
-    if windows.disjoint:
-        return op.MaxUnpool(
-            dy, indices, op.Shape(x), kernel_shape=windows.kernel, strides=windows.stride
-        )
     zeros = op.Expand(0.0, op.Unsqueeze(op.Size(x), op.ints([0])))
     flat = (op.reshape(v, [-1]) for v in (indices, dy))
     return op.reshape_like(op.ScatterElements(zeros, *flat, axis=0, reduction="add"), x)
+
+
+def _tiled_max_pool(op: Ops, node: ir.Node, dy: Value, windows: Windows) -> Value:
+    """Without indices, which make ONNX Runtime's MaxPool 15 times slower.
+
+    An element that equals its window's maximum scores the more the earlier it comes in the
+    window; dy goes where the score is the window's best.
+    """
+    x, y = _crop(op, node.inputs[0], windows), node.outputs[0]
+    taps = math.prod(windows.kernel)
+    order = np.arange(taps, 0, -1, dtype=np.float32).reshape(windows.kernel)
+    score = op.Mul(_same(op, x, _repeat(op, y, windows)), np.tile(order, windows.count))
+    best = op.MaxPool(score, kernel_shape=windows.kernel, strides=windows.stride)
+    dx = op.Mul(_same(op, score, _repeat(op, best, windows)), _repeat(op, dy, windows))
+    if not any(windows.rest):
+        return dx
+    return op.Pad(dx, op.ints([0] * (4 + len(windows.rest)) + list(windows.rest)))
+
+
+def _crop(op: Ops, x: Value, windows: Windows) -> Value:
+    """Without the elements after the last window."""
+    if not any(windows.rest):
+        return x
+    rank = len(windows.rest)
+    stop = [s - r for s, r in zip(windows.size, windows.rest, strict=True)]
+    return op.Slice(x, op.ints([0] * rank), op.ints(stop), op.ints(range(2, 2 + rank)))
+
+
+def _repeat(op: Ops, x: Value, windows: Windows) -> Value:
+    """Each element repeated over its window."""
+    scales = np.array([1, 1, *windows.kernel], np.float32)
+    return op.Resize(
+        x,
+        None,
+        scales,
+        mode="nearest",
+        nearest_mode="floor",
+        coordinate_transformation_mode="asymmetric",
+    )
+
+
+def _same(op: Ops, a: Value, b: Value) -> Value:
+    """1 where equal, else 0."""
+    return op.Cast(op.Equal(a, b), to=int(ir.DataType.FLOAT))
 
 
 @vjp_rule("AveragePool")

@@ -34,12 +34,10 @@ class Windows:
     end: tuple[int, ...]
 
     @property
-    def disjoint(self) -> bool:
-        """Whether no two windows share an element."""
-        return all(
-            s >= d * (k - 1) + 1
-            for s, k, d in zip(self.stride, self.kernel, self.dilation, strict=True)
-        )
+    def tiling(self) -> bool:
+        """Whether windows lie side by side, without gaps, from the first element on."""
+        plain = self.kernel == self.stride and not any(self.begin) and set(self.dilation) == {1}
+        return plain and all(e <= 0 for e in self.end)
 
     @property
     def padding(self) -> tuple[int, ...]:
