@@ -129,7 +129,9 @@ def token_identity(secret: str) -> tuple[bytes, bytes]:
     """
     scalar = int.from_bytes(_derive(secret, "key", 64), "big") % (_P256_ORDER - 1) + 1
     key = ec.derive_private_key(scalar, ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedge-token")])
+    # TLS finds a trusted certificate by its subject, so no two tokens may share one.
+    text = f"fedge-token-{_derive(secret, 'name', 16).hex()}"
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
     cert = (
         x509.CertificateBuilder()
         .subject_name(name)

@@ -22,8 +22,10 @@ _COMMANDS = ("cli_start", "cli_model", "cli_fleet", "demo")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     args = parser().parse_args(argv)
-    level = logging.DEBUG if args.verbose else logging.WARNING
-    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    if args.verbose:
+        for name in ("fedge", "fedge_server"):
+            logging.getLogger(name).setLevel(logging.DEBUG)
     try:
         return int(args.func(args))
     except FedgeError as exc:
