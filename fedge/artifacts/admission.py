@@ -16,7 +16,7 @@ import contextlib
 import math
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,9 @@ def parse_model(
         _check_model(model, limits)
         _check_operators(model, kind)
     except (DecodeError, UnicodeDecodeError, RecursionError, MemoryError) as exc:
-        raise AdmissionError(f"model refused: not an ONNX model ({type(exc).__name__})") from exc
+        raise AdmissionError(
+            f"model refused: no ONNX model, or one too large to parse ({type(exc).__name__})"
+        ) from exc
     return model
 
 
@@ -137,9 +139,14 @@ def admit_files(folder: Path, files: Mapping[str, FileEntry], limits: Limits = L
     args = ("--memory-bytes", str(memory), "--cpu-s", str(limits.cpu_s))
     with Child("fedge.artifacts.admission", args=args) as child:
         for name, entry in files.items():
-            header = {"folder": str(folder.resolve()), "name": name, "bytes": entry.bytes}
+            header = {
+                "folder": str(folder.resolve()),
+                "name": name,
+                "entry": asdict(entry),
+                "limits": asdict(limits),
+            }
             try:
-                child.call("admit", {**header, "sha256": entry.sha256}, (), limits.timeout_s)
+                child.call("admit", header, timeout_s=limits.timeout_s)
             except EngineError as exc:  # the worker died, or ran out of memory
                 raise AdmissionError(f"{name} refused: parsing it failed: {exc}") from exc
 
@@ -244,9 +251,9 @@ def _want(ok: bool, message: str) -> None:
 
 def _handle_admit(header: dict[str, Any], _: list[bytes]) -> Frame | None:
     name = header["name"]
-    entry = FileEntry(header["bytes"], header["sha256"])
+    entry, limits = FileEntry(**header["entry"]), Limits(**header["limits"])
     try:
-        parse_model(read_file(Path(header["folder"]), name, entry), kind_of(name))
+        parse_model(read_file(Path(header["folder"]), name, entry), kind_of(name), limits)
     except AdmissionError as exc:
         raise AdmissionError(f"{name}: {exc}") from exc
     return None
