@@ -33,6 +33,17 @@ address; what is trusted is its CA. No client may have this name.
 """
 VALID_FROM = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 VALID_TO = datetime.datetime(2121, 1, 1, tzinfo=datetime.UTC)
+_SIGNS_NO_CERTIFICATES = x509.KeyUsage(
+    digital_signature=True,
+    content_commitment=False,
+    key_encipherment=False,
+    data_encipherment=False,
+    key_agreement=False,
+    key_cert_sign=False,
+    crl_sign=False,
+    encipher_only=False,
+    decipher_only=False,
+)
 _P256_ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
 
 
@@ -141,6 +152,7 @@ def token_identity(secret: str) -> tuple[bytes, bytes]:
         .not_valid_before(VALID_FROM)
         .not_valid_after(VALID_TO)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_SIGNS_NO_CERTIFICATES, critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=True)
         .sign(key, hashes.SHA256(), ecdsa_deterministic=True)
     )

@@ -71,7 +71,10 @@ class Fleet:
         return b"".join([self._keys.ca_pem, *(t.cert_pem.encode() for t in tokens)])
 
     def identify(self, cert_pem: bytes) -> Peer:
-        """Who presented this certificate (TLS has verified that it is ours).
+        """Who presented this certificate.
+
+        TLS trusts the tokens' certificates besides the CA, so it is checked here once more that a
+        device's certificate was signed by the CA itself and not by the holder of a token.
 
         Raises:
             RefusedError: If it is neither a known token's nor a device's.
@@ -81,8 +84,8 @@ class Fleet:
         if token is not None:
             return Peer(token=token)
         client_id = pki.client_of(cert)
-        if client_id is None or cert.issuer != self._keys.ca.subject:
-            raise RefusedError("this token was withdrawn; ask for a new one")
+        if client_id is None or not pki.issued_by(cert, self._keys.ca):
+            raise RefusedError("this certificate or token is not of this federation; join again")
         return Peer(client_id, expires_s=cert.not_valid_after_utc.timestamp())
 
     def admit(self, peer: Peer, now_s: float) -> NodeRow:

@@ -165,6 +165,15 @@ def client_of(cert: x509.Certificate) -> str | None:
     return next((u.removeprefix(prefix) for u in uris if u.startswith(prefix)), None)
 
 
+def issued_by(cert: x509.Certificate, ca: x509.Certificate) -> bool:
+    """Whether the CA's key signed this certificate."""
+    try:
+        cert.verify_directly_issued_by(ca)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
+
+
 def signed_by(update_key: bytes, signature: bytes, data: bytes) -> bool:
     """Whether the Ed25519 key (32 raw bytes) signed ``data``."""
     try:

@@ -248,6 +248,9 @@ async def _listen(state: ServerState) -> Served:
 async def _close(served: Any) -> None:
     served._watcher.cancel()
     await served._server.stop(0)
+    rest = asyncio.all_tasks() - {asyncio.current_task()}
+    if rest:
+        await asyncio.wait(rest, timeout=5)
 
 
 @pytest.fixture
