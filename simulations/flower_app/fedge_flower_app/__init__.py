@@ -1,0 +1,1 @@
+"""fedge as a standard Flower app."""
