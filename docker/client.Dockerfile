@@ -20,7 +20,8 @@ ENV PATH=/opt/fedge/bin:$PATH \
 USER 10001
 WORKDIR /var/lib/fedge
 VOLUME /var/lib/fedge
-HEALTHCHECK --interval=30s --timeout=10s --start-period=30s CMD ["fedge-client", "status"]
+HEALTHCHECK --interval=30s --timeout=10s --start-period=30s \
+  CMD ["sh", "-c", "fedge-client status --json | grep -q '\"running\": true'"]
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["fedge-client"]
 CMD ["run"]

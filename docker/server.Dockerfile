@@ -23,7 +23,8 @@ USER 10001
 WORKDIR /var/lib/fedge
 VOLUME /var/lib/fedge
 EXPOSE 8443
-HEALTHCHECK --interval=30s --timeout=10s --start-period=30s CMD ["fedge-server", "status"]
+HEALTHCHECK --interval=30s --timeout=10s --start-period=30s \
+  CMD ["sh", "-c", "fedge-server status --json | grep -q '\"running\": true'"]
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["fedge-server"]
 CMD ["start"]

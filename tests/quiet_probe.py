@@ -2,7 +2,8 @@
 
 Started as ``unshare --user --map-root-user --net --mount python quiet_probe.py SECONDS HOME
 COMMAND…``. The namespace has a loopback device, a resolver that points at a listener in here, and
-no way out. The command runs for SECONDS with none of the variables that switch telemetry off.
+no way out. The command runs for SECONDS, or until it ends, with none of the variables set that
+switch telemetry off.
 Prints one JSON object: ``names`` asked for, ``addresses`` of other machines that packets were sent
 to, and the command's ``exit`` code (None: it was still running) and last ``errors``.
 """
@@ -22,6 +23,7 @@ from pathlib import Path
 UNSET = (
     *("ORT_DISABLE_TELEMETRY", "FLWR_TELEMETRY_ENABLED", "FLWR_DISABLE_UPDATE_CHECK"),
     *("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME", "FLWR_HOME"),
+    "MPLCONFIGDIR",
 )
 ETH_P_ALL = 3
 
@@ -55,8 +57,8 @@ def _run(command: list[str], home: Path, seconds: float) -> tuple[int | None, st
         process = subprocess.Popen(
             command, env={**env, "HOME": str(home)}, stdout=errors, stderr=errors
         )
-        time.sleep(max(0.0, end - time.monotonic()))
-        code = process.poll()
+        while (code := process.poll()) is None and time.monotonic() < end:
+            time.sleep(0.1)
         process.kill()
         process.wait()
         errors.seek(0)

@@ -35,7 +35,7 @@ def test_images_drop_root_check_health_and_keep_state_in_a_volume(path: Path) ->
     user = re.search(r"^USER (\S+)$", final_stage, re.MULTILINE)
     assert user, "no USER"
     assert user[1] not in ("0", "root")
-    assert re.search(r"^HEALTHCHECK .*CMD \[", final_stage, re.MULTILINE)
+    assert re.search(r"^HEALTHCHECK .*\\\n +CMD \[", final_stage, re.MULTILINE)
     assert re.search(r"^VOLUME /var/lib/fedge$", final_stage, re.MULTILINE)
     assert "ORT_DISABLE_TELEMETRY=1" in final_stage
 

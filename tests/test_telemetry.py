@@ -51,6 +51,12 @@ import flwr.serverapp
 print("flwr is loaded", flush=True)
 time.sleep(60)
 """
+_DEMO = """
+import sys
+from pathlib import Path
+from fedge_server.cli import main
+sys.exit(main(["demo", "--out", str(Path.home().parent / "demo"), "--json"]))
+"""
 _CONTROL = "import onnxruntime, time; time.sleep(60)"
 
 
@@ -70,7 +76,8 @@ needs_namespaces = pytest.mark.skipif(bool(REFUSED), reason=REFUSED or "permitte
 def _start(program: str, folder: Path) -> subprocess.Popen[str]:
     home = folder / "home"
     home.mkdir(parents=True)
-    command = [*UNSHARE, sys.executable, str(PROBE), str(SECONDS), str(home)]
+    seconds = SECONDS if program is not _DEMO else 4 * SECONDS
+    command = [*UNSHARE, sys.executable, str(PROBE), str(seconds), str(home)]
     return subprocess.Popen(
         [*command, sys.executable, "-c", program],
         env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
@@ -80,7 +87,7 @@ def _start(program: str, folder: Path) -> subprocess.Popen[str]:
 
 
 def _seen(probe: subprocess.Popen[str]) -> dict[str, Any]:
-    out, _ = probe.communicate(timeout=SECONDS + 60)
+    out, _ = probe.communicate(timeout=4 * SECONDS + 60)
     assert probe.returncode == 0
     seen: dict[str, Any] = json.loads(out)
     return seen
@@ -88,7 +95,7 @@ def _seen(probe: subprocess.Popen[str]) -> dict[str, Any]:
 
 @needs_namespaces
 def test_nothing_phones_home_and_home_stays_empty(tmp_path: Path) -> None:
-    programs = {"control": _CONTROL, "worker": _WORKER, "server": _SERVER}
+    programs = {"control": _CONTROL, "worker": _WORKER, "server": _SERVER, "demo": _DEMO}
     probes = {name: _start(text, tmp_path / name) for name, text in programs.items()}
     seen = {name: _seen(probe) for name, probe in probes.items()}
 
@@ -98,6 +105,8 @@ def test_nothing_phones_home_and_home_stays_empty(tmp_path: Path) -> None:
     for name, loaded in (("worker", "onnxruntime has trained"), ("server", "flwr is loaded")):
         assert seen[name]["exit"] is None, seen[name]["errors"]
         assert loaded in seen[name]["errors"]
+    assert seen["demo"]["exit"] == 0, seen["demo"]["errors"]
+    for name in ("worker", "server", "demo"):
         assert seen[name]["names"] == []
         assert seen[name]["addresses"] == []
         assert list((tmp_path / name / "home").iterdir()) == []
