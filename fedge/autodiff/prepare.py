@@ -69,11 +69,24 @@ def normalize(model: onnx.ModelProto) -> onnx.ModelProto:
         )
     if opset < BASE_OPSET:
         model = version_converter.convert_version(model, BASE_OPSET)
-    foreign = sorted({("", n.op_type) for n in model.graph.node if not _known(n)})
     model = inliner.inline_local_functions(model)
-    model = inliner.inline_selected_functions(model, foreign, inline_schema_functions=True)
+    foreign = [n for n in model.graph.node if n.domain == "" and not has_rule(n.op_type)]
+    for node in foreign:
+        _fill_defaults(node, opset_of(model))
+    names = sorted({("", n.op_type) for n in foreign})
+    model = inliner.inline_selected_functions(model, names, inline_schema_functions=True)
     model.ir_version = min(model.ir_version, MAX_IR_VERSION)
     return model
+
+
+def _fill_defaults(node: onnx.NodeProto, opset: int) -> None:
+    """Write out default attributes: the inliner does not know them."""
+    given = {a.name for a in node.attribute}
+    if onnx.defs.has(node.op_type):
+        schema = onnx.defs.get_schema(node.op_type, opset)
+        for name, attribute in schema.attributes.items():
+            if name not in given and attribute.default_value.name:
+                node.attribute.append(attribute.default_value)
 
 
 def load(model: onnx.ModelProto, params: Sequence[str]) -> Forward:
@@ -148,7 +161,3 @@ def _check_names(graph: ir.Graph) -> None:
                     f"{', '.join(RESERVED)} and names with '@' for itself: rename it"
                 )
             value.name = f"model/{name.replace('@', '_')}"
-
-
-def _known(node: onnx.NodeProto) -> bool:
-    return has_rule(node.op_type, node.domain)

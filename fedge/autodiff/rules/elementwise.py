@@ -20,9 +20,9 @@ def identity(_op: Ops, _node: ir.Node, dy: Value) -> Gradients:
     return dy
 
 
-@vjp_rule("Cast")
+@vjp_rule("Cast", "CastLike")
 def cast(op: Ops, node: ir.Node, dy: Value) -> Gradients:
-    """y = x in another dtype; no gradient flows to integers."""
+    """y = x in another dtype; no gradient flows to integers (nor to CastLike's example)."""
     dtype = node.inputs[0].dtype
     return op.Cast(dy, to=int(dtype)) if dtype is not None and dtype.is_floating_point() else None
 
