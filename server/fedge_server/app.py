@@ -46,6 +46,7 @@ class App:
         state: An open state folder, whose lock the caller holds.
         settings: What to listen on and what to run.
         reporter: Told what happens.
+        again: Begin another run if the last one is finished.
         until_done: Leave once the run is finished, instead of going on serving the model.
         token: Whether to print a join line with a new token.
     """
@@ -56,11 +57,12 @@ class App:
         settings: Settings,
         reporter: Reporter,
         *,
+        again: bool = False,
         until_done: bool = False,
         token: bool = True,
     ) -> None:
         self._state, self._settings, self._reporter = state, settings, reporter
-        self._until_done, self._token = until_done, token
+        self._again, self._until_done, self._token = again, until_done, token
         self._stop = threading.Event()
         self._failure: FedgeError | None = None
 
@@ -75,7 +77,8 @@ class App:
             raise self._failure
 
     async def _serve(self) -> None:
-        state, plan = self._state, plan_run(self._state, self._settings)
+        state = self._state
+        plan = plan_run(state, self._settings, again=self._again)
         state.blobs.clear_partial()
         state.store.disconnect_all()
         max_norm = (plan.run if plan else self._settings.run).max_norm
@@ -110,6 +113,8 @@ class App:
         self, plan: RunPlan | None, grid: LinkGrid, journal: StoreJournal, leave: asyncio.Event
     ) -> None:
         if plan is None:
+            if self._until_done:
+                leave.set()
             return
         self._reporter.total = plan.run.rounds
         training = Training(self._state, plan, grid, journal, self._reporter.observe, self._stop)
@@ -153,9 +158,7 @@ class App:
             bundle=state.registry.newest(),
         )
         if plan is None:
-            self._reporter.say(
-                "idle", "no run is due: serving the newest model; --rounds N trains on"
-            )
+            self._reporter.say("idle", "no run is due: serving the newest model; --again trains on")
             return
         done = sum(e["event"] == "RoundCommitted" for e in state.store.events(plan.run_id))
         verb = "continues" if done else "starts"

@@ -55,6 +55,7 @@ def add_parser(subparsers: Any) -> None:  # noqa: ANN401 - argparse's private ty
     )
     add("--strategy", dest="strategy.name", choices=config.STRATEGIES, help="(fedavg)")
     add("--grid", choices=("link", "superlink"), default="link", help="link: fedge's own")
+    add("--again", action="store_true", help="begin another run after a finished one")
     add("--until-done", action="store_true", help="leave when the run is finished")
     add("--json", action="store_true", help="one JSON object per event")
     parser.set_defaults(func=run)
@@ -177,4 +178,4 @@ def _serve(
     from fedge_server.report import Reporter
 
     reporter = Reporter(args.json)
-    App(state, settings, reporter, until_done=args.until_done, token=token).run()
+    App(state, settings, reporter, again=args.again, until_done=args.until_done, token=token).run()

@@ -75,16 +75,15 @@ class RunPlan:
         return RunRow(run_id, "running", json.dumps(values), now_s)
 
 
-def plan_run(state: ServerState, settings: Settings) -> RunPlan | None:
-    """The unfinished run; else a new one; None if there is nothing to train.
+def plan_run(state: ServerState, settings: Settings, *, again: bool = False) -> RunPlan | None:
+    """The unfinished run; else the first one; None if the last one is finished.
 
-    After a finished run, the next one begins only when ``rounds`` was asked for; it starts from
-    the newest model.
+    With ``again``, a finished run is followed by another, which starts from the newest model.
     """
     runs = state.store.runs()
     if runs and runs[-1].status == "running":
         return RunPlan.from_row(runs[-1])
-    if runs and "run.rounds" not in settings.given:
+    if runs and not again:
         return None
     bundle = state.registry.newest()
     if bundle is None:
