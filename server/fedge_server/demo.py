@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -188,11 +189,9 @@ def _fresh(out: Path) -> Path:
         shutil.rmtree(out)
     out.mkdir(parents=True)
     (out / MARKER).touch()
-    try:
-        import matplotlib  # noqa: F401 - fail before the work, not after it
-        import sklearn  # noqa: F401
-    except ImportError as exc:
-        raise EngineUnavailableError(f"the demo needs fedge[sim]: {exc}") from exc
+    missing = [name for name in ("matplotlib", "sklearn") if importlib.util.find_spec(name) is None]
+    if missing:  # found without importing: matplotlib would write into HOME
+        raise EngineUnavailableError(f"the demo needs fedge[sim]: {', '.join(missing)} is missing")
     return out
 
 
