@@ -85,6 +85,7 @@ def build_files(
             raise EngineError(_first_line(exc)) from exc
         made = {n: onnx.load(Path(folder, n)) for n in (TRAINING, EVALUATION, OPTIMIZER)}
         checkpoint = Path(folder, "nominal_checkpoint").read_bytes()
+    _unroll_relu_grad(made[TRAINING])
     _trim_batch_norm(made[EVALUATION])
     _set_optimizer(made[OPTIMIZER], optimizer)
     for part in made.values():
@@ -236,6 +237,21 @@ def _trim_batch_norm(model: onnx.ModelProto) -> None:
     for node in model.graph.node:
         if node.op_type == "BatchNormalization":
             del node.output[1:]
+
+
+def _unroll_relu_grad(model: onnx.ModelProto) -> None:
+    """ReluGrad(dY, Y) as dY·sign(Y): 1.19.2's kernel branches per element, 1.7 µs for 512."""
+    nodes = []
+    for node in model.graph.node:
+        if node.op_type != "ReluGrad":
+            nodes.append(node)
+            continue
+        given, output = node.input
+        mask = f"{node.output[0]}/mask"
+        nodes.append(onnx.helper.make_node("Sign", [output], [mask]))
+        nodes.append(onnx.helper.make_node("Mul", [given, mask], list(node.output)))
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
 
 
 def _set_optimizer(model: onnx.ModelProto, optimizer: Optimizer) -> None:
