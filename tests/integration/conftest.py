@@ -111,7 +111,7 @@ class World:
         """Start (or start again) a server."""
         self._starts += 1
         log = self.root / f"{state}-{self._starts}.log"
-        command = ["fedge_server", "start", *args, "--host", "127.0.0.1", "--port", str(port)]
+        command = ["-m", "fedge_server", "start", *args, "--host", "127.0.0.1", "--port", str(port)]
         command += ["--json", "--state", str(self.root / state)]
         process = self._start(command, log, stdout=subprocess.PIPE)
         server = Server(process, log)
@@ -127,7 +127,13 @@ class World:
     def client(self, name: str, *args: str) -> Client:
         """Start a client command on the state folder of ``name``."""
         state, log = self.root / name, self.root / f"{name}.log"
-        process = self._start(["fedge_client", *args, "--state", str(state)], log)
+        process = self._start(["-m", "fedge_client", *args, "--state", str(state)], log)
+        return Client(name, state, log, process)
+
+    def script(self, path: Path, name: str, *args: str) -> Client:
+        """Start a Python file that runs a client command on the state folder of ``name``."""
+        state, log = self.root / name, self.root / f"{name}.log"
+        process = self._start([str(path), *args, "--state", str(state)], log)
         return Client(name, state, log, process)
 
     def command(self, name: str, *args: str) -> subprocess.CompletedProcess[str]:
@@ -154,7 +160,7 @@ class World:
     ) -> subprocess.Popen[bytes]:
         with log.open("ab") as handle:
             process = subprocess.Popen(
-                [sys.executable, "-m", *command],
+                [sys.executable, *command],
                 stdin=subprocess.DEVNULL,
                 stdout=handle if stdout is None else stdout,
                 stderr=handle,
@@ -176,7 +182,7 @@ def world(tmp_path: Path) -> Iterator[World]:
 def make_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bundle]:
     """Builds a small two-layer classifier: x [N, 6] -> logit [N, 1]; ``head`` is its last layer."""
 
-    def make(name: str, **options: Any) -> Bundle:
+    def make(name: str, *, train: fedge.TrainConfig | None = None, **options: Any) -> Bundle:
         rng = np.random.default_rng(7)
         shapes = {"body.w": (COLUMNS, 8), "body.b": (8,), "head.w": (8, 1), "head.b": (1,)}
         weights = [
@@ -197,7 +203,7 @@ def make_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bundl
         )
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
         onnx.checker.check_model(model)
-        train = fedge.TrainConfig(lr=0.1, batch_size=8, epochs=2)
+        train = train or fedge.TrainConfig(lr=0.1, batch_size=8, epochs=2)
         out = tmp_path_factory.mktemp("bundles") / name
         return fedge.build(
             model, loss="bce_with_logits", train=train, name=name, out=out, **options
