@@ -240,16 +240,20 @@ def _trim_batch_norm(model: onnx.ModelProto) -> None:
 
 
 def _unroll_relu_grad(model: onnx.ModelProto) -> None:
-    """ReluGrad(dY, Y) as dY·sign(Y): 1.19.2's kernel branches per element, 1.7 µs for 512."""
+    """ReluGrad(dY, X or Y) as dY·sign(Y), Y being what Relu gave.
+
+    The kernel of 1.19.2 branches per element: 1.7 µs for 512 of them, a tenth of a small step.
+    """
+    relus = [n for n in model.graph.node if n.op_type == "Relu"]
+    given = {name: n.output[0] for n in relus for name in (n.input[0], n.output[0])}
     nodes = []
     for node in model.graph.node:
-        if node.op_type != "ReluGrad":
+        if node.op_type != "ReluGrad" or node.input[1] not in given:
             nodes.append(node)
             continue
-        given, output = node.input
         mask = f"{node.output[0]}/mask"
-        nodes.append(onnx.helper.make_node("Sign", [output], [mask]))
-        nodes.append(onnx.helper.make_node("Mul", [given, mask], list(node.output)))
+        nodes.append(onnx.helper.make_node("Sign", [given[node.input[1]]], [mask]))
+        nodes.append(onnx.helper.make_node("Mul", [node.input[0], mask], list(node.output)))
     del model.graph.node[:]
     model.graph.node.extend(nodes)
 

@@ -22,7 +22,7 @@ from fedge.engines.checks import check_examples, check_params
 from fedge.engines.files import read_model
 from fedge.engines.runtime import Session, engine_errors, finite_loss, row_buffers, shared
 from fedge.engines.scoring import Scorer
-from fedge.types import Examples, Indices, Params
+from fedge.types import Examples, Params
 
 NEXT = "@next"
 KEPT_SIZES = 4  # batch sizes whose buffers are kept
@@ -94,9 +94,15 @@ class OrtEngine:
         self._lr[...] = config.lr
         total, steps, seen = 0.0, 0, 0
         with engine_errors("in training"):
+            run = self._step.run_with_iobinding
             for chosen in batch_indices(len(ready), config, seed):
                 size = len(chosen)
-                total += self._fed_step(rows, chosen, size) * size
+                bound = self._bound.get(size) or self._bind(size)
+                for name, buffer in bound.rows.items():
+                    rows[name].take(chosen, 0, buffer, "clip")  # in range; "raise" would copy
+                run(bound.bindings[self._current])
+                self._current ^= 1
+                total += self._loss.item() * size
                 seen += size
                 steps += 1
         return TrainResult(finite_loss(total / seen, steps), steps, seen)
@@ -123,14 +129,6 @@ class OrtEngine:
     def _params(self) -> Params:
         now = self._sets[self._current]
         return {p.name: now[p.name] for p in self._manifest.params}
-
-    def _fed_step(self, rows: Params, chosen: Indices, size: int) -> float:
-        bound = self._bound.get(size) or self._bind(size)
-        for name, buffer in bound.rows.items():
-            rows[name].take(chosen, 0, buffer, "clip")  # indices are in range; "raise" would copy
-        self._step.run_with_iobinding(bound.bindings[self._current])
-        self._current ^= 1
-        return self._loss.item()
 
     def _bind(self, size: int) -> _Bound:
         if size not in self._bound:

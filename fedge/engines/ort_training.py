@@ -8,6 +8,7 @@ checked first, and what is left kills a worker and not the client.
 from __future__ import annotations
 
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,16 @@ TRAINING, OPTIMIZER, CHECKPOINT = "training_model.onnx", "optimizer_model.onnx",
 KEPT_SIZES = 4  # batch sizes whose buffers are kept
 
 
+@dataclass
+class _Batch:
+    """Buffers of one batch size: rows by name, the same as ORT's inputs, and its outputs."""
+
+    rows: Params
+    inputs: Any
+    outputs: Any
+    loss: Array | None = None
+
+
 class OrtTrainingEngine:
     """Trains one bundle in this process with ORT's training API; see :class:`TrainingEngine`.
 
@@ -46,7 +57,7 @@ class OrtTrainingEngine:
     def __init__(self, bundle: Bundle, threads: int = 1) -> None:
         self._bundle, self._manifest, self._threads = bundle, bundle.manifest, threads
         self._scorer = Scorer(bundle, threads)
-        self._batches: dict[int, tuple[Params, Any]] = {}
+        self._batches: dict[int, _Batch] = {}
         self._load(bundle.initial_params())
 
     def preprocess(self, raw: Examples, site: Params | None = None) -> Examples:
@@ -69,18 +80,26 @@ class OrtTrainingEngine:
         """See :meth:`TrainingEngine.train_step`."""
         rows = self._rows(batch)
         with engine_errors("in a training step"):
+            self._stepped = True
             self._optimizer.set_learning_rate(lr)
-            loss = self._step(rows, np.arange(len(batch)))
+            loss = self._forward_backward(rows, np.arange(len(batch)))
+            self._optimizer.step()
+            self._module.lazy_reset_grad()
         return finite_loss(loss, 1)
 
     def train(self, data: Examples, config: TrainConfig, seed: int) -> TrainResult:
         """See :meth:`TrainingEngine.train`."""
         rows = self._rows(data)
         total, steps, seen = 0.0, 0, 0
+        self._stepped = True
         with engine_errors("in training"):
             self._optimizer.set_learning_rate(config.lr)
+            update = self._optimizer._optimizer.optimizer_step  # without the Python wrappers,
+            forget = self._module._model.lazy_reset_grad  # which cost as much as a small operator
             for chosen in batch_indices(len(data), config, seed):
-                total += self._step(rows, chosen) * len(chosen)
+                total += self._forward_backward(rows, chosen) * len(chosen)
+                update()
+                forget()
                 seen += len(chosen)
                 steps += 1
         return TrainResult(finite_loss(total / seen, steps), steps, seen)
@@ -133,6 +152,7 @@ class OrtTrainingEngine:
         # wrapper passes its argument on as it is and the C object is what is wanted.
         self._module.copy_buffer_to_parameters(zeros._ortvalue, False)
         self._optimizer = api.Optimizer(place / OPTIMIZER, self._module)
+        self._run = self._module._model.train_step_with_ort_values  # half the cost of a call
         self._order = tuple(self._module.input_names())
         self._params = {p.name: self._view(p.name) for p in self._manifest.params}
 
@@ -150,29 +170,23 @@ class OrtTrainingEngine:
         ready = check_examples(self._manifest, data)
         return {**ready.inputs, self._manifest.labels.name: ready.labels}
 
-    def _step(self, rows: Params, chosen: Indices) -> float:
-        loss = self._forward_backward(rows, chosen)
-        self._optimizer.step()
-        self._module.lazy_reset_grad()
-        self._stepped = True
+    def _forward_backward(self, rows: Params, chosen: Indices) -> float:
+        size = len(chosen)
+        batch = self._batches.get(size) or self._batch(size)
+        for name, buffer in batch.rows.items():
+            rows[name].take(chosen, 0, buffer, "clip")  # indices are in range; "raise" would copy
+        self._run(batch.inputs, batch.outputs)
+        if batch.loss is None:
+            batch.loss = batch.outputs[0].numpy()  # a view: later steps write to the same place
+        loss: float = batch.loss.item()
         return loss
 
-    def _forward_backward(self, rows: Params, chosen: Indices) -> float:
-        buffers, values = self._batch(len(chosen))
-        for name, buffer in buffers.items():
-            rows[name].take(chosen, 0, buffer, "clip")
-        out = OrtValueVector()
-        self._module._model.train_step_with_ort_values(values, out)
-        return float(out[0].numpy())
-
-    def _batch(self, size: int) -> tuple[Params, Any]:
-        if size not in self._batches:
-            if len(self._batches) >= KEPT_SIZES:
-                self._batches.pop(next(iter(self._batches)))
-            buffers = row_buffers(self._manifest, size)
-            values = OrtValueVector()
-            values.reserve(len(buffers))
-            for name in self._order:
-                values.push_back(shared(buffers[name])._ortvalue)
-            self._batches[size] = buffers, values
+    def _batch(self, size: int) -> _Batch:
+        if len(self._batches) >= KEPT_SIZES:
+            self._batches.pop(next(iter(self._batches)))
+        rows, inputs = row_buffers(self._manifest, size), OrtValueVector()
+        inputs.reserve(len(rows))
+        for name in self._order:
+            inputs.push_back(shared(rows[name])._ortvalue)
+        self._batches[size] = _Batch(rows, inputs, OrtValueVector())
         return self._batches[size]
