@@ -14,7 +14,7 @@ from fedge.artifacts.bundle import Reference
 from fedge.artifacts.manifest import ORT_FILES, LabelSpec, Optimizer, ParamSpec
 from fedge.artifacts.ort_import import TRAINING_PYTHON, find_training_python
 from fedge.errors import ArtifactError, EngineError
-from fedge.params import relative_distance
+from fedge.params import gradient_distance
 from fedge.pipe import Child
 from fedge.types import Params
 
@@ -109,7 +109,7 @@ def _compare(loss: float, grads: Params, recorded: Reference) -> None:
             f"the engines disagree: loss {loss!r} by ONNX Runtime's training API, "
             f"{recorded.loss!r} by grad.onnx; please report this model"
         )
-    for name, distance in relative_distance(grads, recorded.grads).items():
+    for name, distance in gradient_distance(grads, recorded.grads).items():
         if not distance <= AGREEMENT:
             raise ArtifactError(
                 f"the engines disagree: the gradient of {name!r} by ONNX Runtime's training API "

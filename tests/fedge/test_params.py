@@ -67,6 +67,15 @@ def test_relative_distance_is_per_tensor() -> None:
     assert distance == {"big": pytest.approx(0.01), "zero": 0.0, "moved": math.inf}
 
 
+def test_a_gradient_that_cancels_is_measured_by_the_whole() -> None:
+    reference = {"w": np.array([3.0, 4.0]), "b": np.array([1e-12])}
+    a = {"w": np.array([3.0, 4.0]), "b": np.array([5e-9])}
+    assert algebra.relative_distance(a, reference)["b"] > 1000
+    assert algebra.gradient_distance(a, reference)["b"] == pytest.approx(1e-7, rel=1e-3)
+    moved = {"w": np.array([3.0, 4.05]), "b": np.array([1e-12])}
+    assert algebra.gradient_distance(moved, reference)["w"] == pytest.approx(0.01)
+
+
 def test_select_follows_the_names_given() -> None:
     a = {"x": np.ones(1), "y": np.ones(2), "z": np.ones(3)}
     assert list(algebra.select(a, ["z", "x"])) == ["z", "x"]
