@@ -116,11 +116,11 @@ def _try(
 
 
 def _errors(engine: TrainingEngine, reference: Reference) -> tuple[float, float]:
-    from fedge.params import relative_distance
+    from fedge.params import gradient_distance
 
     loss, grads = engine.gradients(reference.examples)
     loss_error = abs(loss - reference.loss) / max(abs(reference.loss), 1e-30)
-    return loss_error, max(relative_distance(grads, reference.grads).values())
+    return loss_error, max(gradient_distance(grads, reference.grads).values())
 
 
 def _step_s(engine: TrainingEngine, reference: Reference) -> float:
