@@ -116,7 +116,7 @@ class App:
             if self._until_done:
                 leave.set()
             return
-        self._reporter.total = plan.run.rounds
+        self._reporter.follow(plan.run)
         training = Training(self._state, plan, grid, journal, self._reporter.observe, self._stop)
         try:
             finished = await asyncio.to_thread(training.run)

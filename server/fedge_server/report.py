@@ -8,6 +8,7 @@ import time
 from typing import Any, TextIO
 
 from fedge import rounds
+from fedge.config import RunConfig
 from fedge.rounds import Event
 
 
@@ -16,18 +17,19 @@ class Reporter:
 
     Args:
         as_json: One JSON object per line instead of text.
-        evaluates: Whether a round is over only when its scores are in.
-        total: Rounds of the run.
         out: Where to.
     """
 
-    def __init__(
-        self, as_json: bool, *, evaluates: bool = True, total: int = 0, out: TextIO | None = None
-    ) -> None:
-        self._json, self._evaluates, self.total = as_json, evaluates, total
+    def __init__(self, as_json: bool, out: TextIO | None = None) -> None:
+        self._json = as_json
         self._out = out or sys.stdout
+        self._run = RunConfig()
         self._began_s = time.monotonic()
         self._committed: rounds.RoundCommitted | None = None
+
+    def follow(self, run: RunConfig) -> None:
+        """Events to come are this run's."""
+        self._run = run
 
     def say(self, event: str, text: str, **values: object) -> None:
         """Print one event."""
@@ -50,7 +52,7 @@ class Reporter:
             )
         elif isinstance(event, rounds.RoundCommitted):
             self._committed = event
-            if not self._evaluates:
+            if not self._run.evaluate:
                 self._round(event, None)
         elif isinstance(event, rounds.RoundEvaluated) and self._committed is not None:
             self._round(self._committed, event)
@@ -59,7 +61,10 @@ class Reporter:
         values = round_values(trained, scored)
         seconds = round(time.monotonic() - self._began_s, 3)
         loss = values.get("loss", values.get("train_loss"))
-        shown = [f"round {trained.round_num}/{self.total}", f"{len(values['clients'])} clients"]
+        shown = [
+            f"round {trained.round_num}/{self._run.rounds}",
+            f"{len(values['clients'])} clients",
+        ]
         if loss is not None:
             shown.append(f"loss {loss:.4f}")
         shown += [f"{n} {values[n]:.4f}" for n in ("accuracy", "rmse") if n in values]
