@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import warnings
@@ -134,6 +135,67 @@ def test_onnx_models_build_from_object_bytes_and_path(lr: onnx.ModelProto, tmp_p
     assert len({b.digest for b in bundles}) == 1  # building repeats, to the byte
     assert bundles[0].manifest.signer == public_hex(key)
     assert build(path, loss="cross_entropy").manifest.name == "my-model-1"
+
+
+def _by_hand(layers: list[onnx.NodeProto], shape: list[int], tensors: dict[str, Any]) -> Any:
+    """A chain of nodes from ``x`` to ``y`` over random tensors of the given shapes."""
+    rng = np.random.default_rng(0)
+    for before, after in itertools.pairwise(layers):
+        before.output[:] = [f"{before.op_type}_{id(before)}"]
+        after.input[0] = before.output[0]
+    layers[0].input[0], layers[-1].output[:] = "x", ["y"]
+    values = [
+        onnx.numpy_helper.from_array((rng.standard_normal(s) * 0.2).astype(np.float32), n)
+        for n, s in tensors.items()
+    ]
+    info = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        layers,
+        "by-hand",
+        [info("x", onnx.TensorProto.FLOAT, [None, *shape])],
+        [info("y", onnx.TensorProto.FLOAT, [None, 3])],
+        values,
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+
+
+def test_a_hand_made_mlp_builds() -> None:
+    make = helper.make_node
+    layers = [
+        make("Gemm", ["", "W1", "b1"], ["_"], transB=1),
+        make("Relu", [""], ["_"]),
+        make("Gemm", ["", "W2", "b2"], ["_"]),
+    ]
+    shapes = {"W1": (8, 5), "b1": (8,), "W2": (8, 3), "b2": (3,)}
+    bundle = build(_by_hand(layers, [5], shapes), loss="cross_entropy", optimizer="adamw")
+    assert bundle.manifest.shared_shapes() == shapes
+    assert not any(bundle.manifest.engines.values()) or find_training_python() is None
+
+
+def test_a_hand_made_lenet_builds() -> None:
+    make = helper.make_node
+    pool = {"kernel_shape": [2, 2], "strides": [2, 2]}
+    layers = [
+        make("Conv", ["", "C1", "c1"], ["_"], kernel_shape=[5, 5], pads=[2, 2, 2, 2]),
+        make("Relu", [""], ["_"]),
+        make("MaxPool", [""], ["_"], **pool),
+        make("Conv", ["", "C2", "c2"], ["_"]),
+        make("Relu", [""], ["_"]),
+        make("MaxPool", [""], ["_"], **pool),
+        make("Flatten", [""], ["_"]),
+        make("Gemm", ["", "W", "b"], ["_"], transB=1),
+    ]
+    shapes = {
+        "C1": (4, 1, 5, 5),
+        "c1": (4,),
+        "C2": (6, 4, 5, 5),
+        "c2": (6,),
+        "W": (3, 24),
+        "b": (3,),
+    }
+    bundle = build(_by_hand(layers, [1, 16, 16], shapes), loss="cross_entropy")
+    assert list(bundle.reference().grads) == list(shapes)
+    assert not any(bundle.manifest.engines.values()) or find_training_python() is None
 
 
 def test_building_from_onnx_needs_no_torch(lr: onnx.ModelProto, tmp_path: Path) -> None:
