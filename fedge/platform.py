@@ -29,6 +29,31 @@ def silence_telemetry(environ: dict[str, str] | None = None) -> None:
     target.update(_QUIET)
 
 
+def limit_process(
+    *, memory_bytes: int | None = None, cpu_s: int | None = None, core_bytes: int = 0
+) -> None:
+    """Set limits this process cannot lift again, where the system has them.
+
+    Args:
+        memory_bytes: Address space; macOS does not enforce it.
+        cpu_s: CPU time.
+        core_bytes: Of a memory dump after a crash. None by default: it would hold the site's rows.
+    """
+    if sys.platform == "win32":
+        return
+    import resource
+
+    limits = {
+        resource.RLIMIT_CORE: core_bytes,
+        resource.RLIMIT_AS: memory_bytes,
+        resource.RLIMIT_CPU: cpu_s,
+    }
+    for what, most in limits.items():
+        if most is not None:
+            with contextlib.suppress(ValueError, OSError):  # a stricter one is in force
+                resource.setrlimit(what, (most, most))
+
+
 def private_dir(path: Path) -> Path:
     """Create ``path`` readable by its owner alone (0700), parents included, and return it.
 

@@ -12,7 +12,6 @@ and CPU time, and is an :class:`~fedge.errors.AdmissionError` here.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import sys
 from collections.abc import Iterable, Mapping
@@ -28,6 +27,7 @@ from fedge.artifacts.onnx_v1 import onnx_pb2
 from fedge.artifacts.operators import BY_KIND
 from fedge.errors import AdmissionError, EngineError
 from fedge.pipe import Child, Frame, serve
+from fedge.platform import limit_process
 
 MAX_IR_VERSION = 10  # what onnxruntime 1.19 (training) and 1.22 (oldest supported) both read
 MAX_OPSETS = {"": 21, "com.microsoft": 1}
@@ -259,22 +259,11 @@ def _handle_admit(header: dict[str, Any], _: list[bytes]) -> Frame | None:
     return None
 
 
-def _limit_process(memory_bytes: int, cpu_s: int) -> None:
-    if sys.platform == "win32":
-        return
-    import resource
-
-    # macOS does not enforce RLIMIT_AS; the time limits hold there.
-    for what, most in ((resource.RLIMIT_AS, memory_bytes), (resource.RLIMIT_CPU, cpu_s)):
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(what, (most, most))
-
-
 def main() -> int:
     """The worker: limit this process, then check files until the parent closes the pipe."""
     args = sys.argv[1:]
     options = dict(zip(args[::2], args[1::2], strict=True))
-    _limit_process(int(options["--memory-bytes"]), int(options["--cpu-s"]))
+    limit_process(memory_bytes=int(options["--memory-bytes"]), cpu_s=int(options["--cpu-s"]))
     return serve({"admit": _handle_admit})
 
 

@@ -32,10 +32,14 @@ def leave(header, blobs): os._exit(header["code"])
 def spin(header, blobs):
     until = time.monotonic() + header["s"]
     while time.monotonic() < until: pass
+def core_limit(header, blobs):
+    import resource
+    return {"bytes": resource.getrlimit(resource.RLIMIT_CORE)}, []
 def environ(header, blobs): return {"value": os.environ.get(header["name"])}, []
 
 if __name__ == "__main__":
-    sys.exit(serve({f.__name__: f for f in (echo, refuse, fail, chatter, leave, spin, environ)}))
+    calls = (echo, refuse, fail, chatter, leave, spin, core_limit, environ)
+    sys.exit(serve({f.__name__: f for f in calls}))
 """
 
 
@@ -126,6 +130,10 @@ def test_death_by_signal_is_named(child: Child) -> None:
 def test_exit_code_is_named(child: Child) -> None:
     with pytest.raises(WorkerDiedError, match="exit code 7"):
         child.call("leave", {"code": 7})
+
+
+def test_a_crash_leaves_no_memory_dump(child: Child) -> None:
+    assert child.call("core_limit")[0]["bytes"] == [0, 0]
 
 
 def test_a_late_answer_kills_the_worker(child: Child) -> None:
