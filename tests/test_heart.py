@@ -22,15 +22,19 @@ BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "heart.py"
 pytestmark = pytest.mark.usefixtures("fedge_data")
 
 
-@pytest.fixture(scope="module")
-def heart() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("heart", BENCHMARK)
+def _load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["heart"] = module
+    sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def heart() -> ModuleType:
+    return _load(BENCHMARK)
 
 
 def _scaled(rows: Examples, mean: Array, std: Array) -> Array:
@@ -112,6 +116,17 @@ def test_one_seed_of_the_federation_equals_plain_numpy(
     want = _reference_params(heart, seed)
     got = np.append(params["weight"].ravel(), params["bias"])
     assert np.linalg.norm(got - want) / np.linalg.norm(want) < 1e-5
+
+
+def test_the_link_gives_the_local_grids_params(
+    heart: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = _load(BENCHMARK.parent / "heart_link.py")
+    monkeypatch.setattr(heart, "ROUNDS", 2)
+    bundle = heart.build(tmp_path / "bundle", 42, heart.SiteStandardize())
+    clients = heart_disease()
+    local = heart.fedavg(bundle, clients, 42, "ort")
+    assert link.largest_gap(link.over_link(bundle, clients, 2, 42, "ort"), local) <= 1e-6
 
 
 def test_resampled_auc_counts_each_patient_as_often_as_drawn(heart: ModuleType) -> None:
