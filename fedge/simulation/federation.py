@@ -37,7 +37,8 @@ class Federation:
         strategy: Any Flower strategy; streaming FedAvg by default.
         seed: Fixes cohorts and row order. The same seed gives the same bits for one engine.
         engine: ``ort``, ``ort-training``, or ``auto``: the fastest that is installed.
-        workers: Engine processes; None: one per core. The result does not depend on it.
+        workers: Engine processes; None: one per core. The result does not depend on it. Each is
+            served by a thread, so with ``local`` the default is 1.
         local: A client of your own in Python, in place of the bundle's training: a function of
             ``(client_id, data, params, round_num, seed)`` that returns ``(new params,
             num_examples, metrics)``, with ``train_loss`` among the metrics. In simulation only: a
@@ -66,7 +67,8 @@ class Federation:
         self._clients = list(clients)
         self._strategy = strategy or FedAvg()
         self._seed, self._engine, self._local = seed, engine, local
-        self._workers = workers if workers is not None else (os.cpu_count() or 1)
+        default = 1 if local is not None else os.cpu_count() or 1
+        self._workers = default if workers is None else workers
         self._bundle = self._rescaled(bundle) if scaling == "global" else bundle
 
     @property
@@ -155,6 +157,8 @@ class Federation:
 
     def _quorum(self, wanted: int | None) -> int:
         there = len(self._clients)
+        if not there:
+            raise ConfigError("a federation without clients; give at least one")
         least = least_nodes(self._strategy, "min_train_nodes")
         quorum = max(least, min(2, there)) if wanted is None else wanted
         if quorum > there:

@@ -18,10 +18,13 @@ def plot_rounds(metrics: pd.DataFrame, title: str) -> Figure:
         title: Name of the model.
     """
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     figure, (scores, traffic) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     _plot_scores(scores, metrics)
     _plot_traffic(traffic, metrics)
+    for axes in (scores, traffic):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.suptitle(title)
     plt.close(figure)  # it is the caller's now; a notebook would show it twice
     return figure

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,10 +39,10 @@ class Run:
     """
 
     bundle: Bundle
-    params: Params
-    personal: dict[ClientId, Params]
-    events: tuple[Event, ...]
-    clients: Sequence[ClientData]
+    params: Params = field(repr=False)
+    personal: dict[ClientId, Params] = field(repr=False)
+    events: tuple[Event, ...] = field(repr=False)
+    clients: Sequence[ClientData] = field(repr=False)
 
     @property
     def table(self) -> pd.DataFrame:
