@@ -55,7 +55,7 @@ def _infer(model: onnx.ModelProto, rows: int) -> dict[str, tuple[int, Sequence[i
     for value in graph.output:
         value.type.tensor_type.ClearField("shape")
     try:
-        inferred = onnx.shape_inference.infer_shapes(copy, data_prop=True).graph
+        inferred = onnx.shape_inference.infer_shapes(copy, strict_mode=True, data_prop=True).graph
     except onnx.shape_inference.InferenceError as exc:
         raise ArtifactError(f"the model's shapes do not fit each other: {exc}") from exc
     found: dict[str, tuple[int, Sequence[int]]] = {}
