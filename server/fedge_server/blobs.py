@@ -62,6 +62,10 @@ class Blobs:
             raise StateError(f"blob {digest} in {self._root} is damaged: restore a backup")
         return data
 
+    def remove(self, digest: str) -> None:
+        """Forget content nobody refers to any more."""
+        self.path(digest).unlink(missing_ok=True)
+
     def receiver(self, digest: str, total_bytes: int) -> Receiver:
         """A writer for an update that arrives in chunks; commit it to :meth:`update_path`."""
         part = self._tmp / f"{digest[:16]}-{secrets.token_hex(8)}"

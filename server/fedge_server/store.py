@@ -431,6 +431,12 @@ class Store:
             query = query.where(_models.c.run_id == run_id)
         return self._all(ModelRow, query.order_by(_runs.c.created_s, _models.c.round_num))
 
+    def drop_models(self, run_id: str, before: int) -> None:
+        """Forget a run's models of rounds before ``before``."""
+        m = _models.c
+        with self._writing() as db:
+            db.execute(_models.delete().where((m.run_id == run_id) & (m.round_num < before)))
+
     def newest_model(self) -> ModelRow | None:
         """The model committed last."""
         query = sa.select(_models).join(_runs, _runs.c.run_id == _models.c.run_id)
