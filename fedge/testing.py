@@ -118,12 +118,13 @@ class LogisticEngine:
     def gradients(self, batch: Examples) -> tuple[float, Params]:
         """Loss and gradients: (softmax − onehot)ᵀ x / N."""
         batch = check_examples(self._manifest, batch)
-        x, shares = batch.inputs["x"], self._softmax(batch.inputs["x"])
-        rows = np.arange(len(batch))
-        loss = float(np.mean(-np.log(shares[rows, batch.labels])))
-        shares[rows, batch.labels] -= 1
-        shares /= np.float32(len(batch))
-        return loss, {WEIGHT: shares.T @ x, BIAS: shares.sum(axis=0)}
+        x, rows = batch.inputs["x"], np.arange(len(batch))
+        logs = self._log_softmax(x)
+        loss = float(-np.mean(logs[rows, batch.labels]))
+        errors = np.exp(logs)
+        errors[rows, batch.labels] -= 1
+        errors /= np.float32(len(batch))
+        return loss, {WEIGHT: errors.T @ x, BIAS: errors.sum(axis=0)}
 
     def evaluate(self, data: Examples, batch_size: int = 256) -> EvalResult:  # noqa: ARG002
         """Loss and logits."""
@@ -137,7 +138,7 @@ class LogisticEngine:
     def close(self) -> None:
         """Nothing to free."""
 
-    def _softmax(self, x: Array) -> Array:
+    def _log_softmax(self, x: Array) -> Array:
         logits = self.predict({"x": x})["logits"]
-        shares = np.exp(logits - logits.max(axis=1, keepdims=True))
-        return np.asarray(shares / shares.sum(axis=1, keepdims=True), np.float32)
+        logits = logits - logits.max(axis=1, keepdims=True)
+        return np.asarray(logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)), np.float32)
