@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 from fedge.artifacts.admission import admit_model
 from fedge.artifacts.bundle import MANIFEST, Bundle
@@ -26,6 +27,12 @@ def reopen_bundle(folder: Path, digest: str) -> Bundle:
     if found != digest:
         raise ArtifactError(f"the bundle in {folder} is {found[:12]}…; wanted {digest[:12]}…")
     return Bundle(folder, Manifest.from_json(data))
+
+
+def worker_header(bundle: Bundle, engine: str, threads: int) -> dict[str, Any]:
+    """What a worker needs to know to open an engine on a bundle this process has verified."""
+    folder = str(bundle.path.absolute())
+    return {"folder": folder, "digest": bundle.digest, "engine": engine, "threads": threads}
 
 
 def read_model(bundle: Bundle, name: str) -> bytes:

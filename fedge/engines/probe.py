@@ -8,10 +8,11 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedge.artifacts.bundle import Bundle, Reference
 from fedge.config import TrainConfig
+from fedge.engines.files import worker_header
 from fedge.engines.interpreters import available_engines, interpreter_for
 from fedge.errors import EngineUnavailableError, FedgeError
 from fedge.pipe import Child
@@ -100,12 +101,7 @@ def measure(engine: TrainingEngine, bundle: Bundle) -> EngineProbe:
 def _try(
     bundle: Bundle, name: str, threads: int, training_python: str | Path | None
 ) -> EngineProbe:
-    header: dict[str, Any] = {
-        "folder": str(bundle.path.absolute()),
-        "digest": bundle.digest,
-        "engine": name,
-        "threads": threads,
-    }
+    header = worker_header(bundle, name, threads)
     try:
         with Child("fedge.engines.worker", interpreter_for(name, training_python)) as child:
             child.call("open", header, timeout_s=PROBE_TIMEOUT_S)

@@ -15,6 +15,7 @@ from fedge import tensors
 from fedge.artifacts.bundle import Bundle
 from fedge.config import TrainConfig
 from fedge.engines.base import EvalResult, TrainResult
+from fedge.engines.files import worker_header
 from fedge.engines.worker import pack_examples, unpack_examples
 from fedge.errors import ArtifactError, DataError
 from fedge.pipe import Child, Frame
@@ -112,7 +113,7 @@ class WorkerEngine:
         self._child = Child("fedge.engines.worker", self._python)
         self._kept = _Kept(KEPT_BYTES)
         try:
-            self._call("open", open_header(self._bundle, self.name, self._threads))
+            self._call("open", worker_header(self._bundle, self.name, self._threads))
         except BaseException:
             self._child.kill()
             raise
@@ -179,12 +180,6 @@ class _Kept:
         entry = self._known.pop(key, None)
         if entry is not None:
             self._dropped.append(entry[1])
-
-
-def open_header(bundle: Bundle, name: str, threads: int) -> dict[str, Any]:
-    """What a worker needs to know to open an engine."""
-    folder = str(bundle.path.absolute())
-    return {"folder": folder, "digest": bundle.digest, "engine": name, "threads": threads}
 
 
 def _pack(data: Examples) -> bytes:
