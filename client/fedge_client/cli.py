@@ -7,10 +7,10 @@ import sys
 from collections.abc import Callable, Sequence
 
 import fedge
-from fedge.errors import FedgeError
+from fedge.errors import ConfigError, FedgeError
 from fedge_client import commands
 from fedge_client.config import ENGINES
-from fedge_client.state import FEDERATED, MODES
+from fedge_client.state import MODES
 
 INTERRUPTED = 130
 EXIT_CODES = """\
@@ -30,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. Errors are one line on standard error."""
     args = _parser().parse_args(argv)
     try:
+        if sys.platform == "win32":
+            raise ConfigError("fedge-client runs on Linux and macOS; on Windows use it inside WSL")
         return int(args.func(args))
     except FedgeError as exc:
         text = " ".join(str(exc).split())
@@ -81,7 +83,7 @@ def _join(add: _Adder) -> None:
     join.add_argument("where", metavar="HOST:PORT|TOKEN", help="the server, or just the token")
     join.add_argument("--token", help="the token the server printed")
     join.add_argument("--name", default="", metavar="CLIENT_ID", help="wished name of this client")
-    join.add_argument("--mode", choices=MODES, default=FEDERATED, help="personal uploads nothing")
+    join.add_argument("--mode", choices=MODES, help="personal uploads nothing (federated)")
     join.add_argument("--enroll-only", action="store_true", help="be admitted, then stop")
     _data_flags(join)
     join.add_argument("--engine", choices=ENGINES, help="engine to train with (default: auto)")

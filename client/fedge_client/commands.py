@@ -14,7 +14,7 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
-from fedge.errors import ConfigError
+from fedge.errors import ConfigError, StateError
 from fedge.wire.token import PREFIX, Token
 from fedge_client import config as settings
 from fedge_client import enroll, environments
@@ -32,16 +32,20 @@ def join(args: argparse.Namespace) -> int:
     """Be admitted if this state folder is not yet, then take part."""
     token = _token(args)
     state = _state(args, create=True)
-    config = _with_flags(settings.load(state.root), args)
+    before = settings.load(state.root)
+    config = _with_flags(before, args)
     if config.data is not None:
         config.data.require_file()
-    identity = state.identity()
     with state.running():
-        settings.save(state.root, config)
+        if config != before:
+            settings.save(state.root, config)
+        identity = state.identity()
         if identity is None:
-            identity = asyncio.run(enroll.enroll(state, token, args.mode, args.name))
+            mode = args.mode or FEDERATED
+            identity = asyncio.run(enroll.enroll(state, token, mode, args.name))
             report(f"joined as {identity.client_id} ({identity.mode})")
         else:
+            identity = _joined_before(state, identity, token, args)
             report(f"joined before as {identity.client_id}; going on")
         if args.enroll_only:
             return 0
@@ -62,7 +66,7 @@ def status(args: argparse.Namespace) -> int:
     state = _state(args)
     identity = state.require_identity()
     config = settings.load(state.root)
-    session = state.read_json("session.json") or {}
+    session = state.read_note("session.json")
     model = state.read_json("model.json") or {}
     running = _alive(session.get("pid"))
     found = {
@@ -205,6 +209,28 @@ def _token(args: argparse.Namespace) -> Token:
         raise ConfigError(f"address {args.where!r}; wanted HOST:PORT, such as 10.0.0.5:8443")
     token = Token.decode(args.token)
     return dataclasses.replace(token, host=host.strip("[]"), port=int(port))
+
+
+def _joined_before(
+    state: State, identity: Identity, token: Token, args: argparse.Namespace
+) -> Identity:
+    """The same client again; the federation may have moved to another address.
+
+    Raises:
+        StateError: If the folder is another client's, of another federation or in another mode.
+    """
+    if token.ca_pem != state.read_key(enroll.CA_CERT):
+        raise StateError(f"{state.root} belongs to another federation; use another --state")
+    for what, wished, here in (
+        ("--name", args.name, identity.client_id),
+        ("--mode", args.mode, identity.mode),
+    ):
+        if wished and wished != here:
+            raise StateError(f"{state.root} joined with {what} {here}; use another --state")
+    moved = dataclasses.replace(identity, host=token.host, port=token.port)
+    if moved != identity:
+        state.save_identity(moved)
+    return moved
 
 
 def _with_flags(config: ClientConfig, args: argparse.Namespace) -> ClientConfig:

@@ -14,7 +14,7 @@ from cryptography.x509.oid import NameOID
 
 import fedge
 from fedge.artifacts import signing
-from fedge.errors import RefusedError
+from fedge.errors import ConfigError, LinkError, RefusedError
 from fedge.wire import serde
 from fedge.wire.token import Token, private_pem, token_identity
 from fedge.wire.v1 import link_pb2 as pb
@@ -42,9 +42,11 @@ async def enroll(state: State, token: Token, mode: str, client_id: str = "") -> 
         client_id: Wished name; empty lets the server choose.
 
     Raises:
+        ConfigError: If the name cannot be one.
         RefusedError: If the token is spent, or the name is taken.
         LinkError: If the server cannot be reached.
     """
+    _check_name(client_id)
     _make_keys(state)
     key_pem, cert_pem = token_identity(token.secret)
     link = Link(token.address, token.ca_pem, key_pem, cert_pem)
@@ -116,6 +118,14 @@ def certificate_days_left(state: State) -> float:
     return (cert.not_valid_after_utc - now).total_seconds() / 86400
 
 
+def _check_name(client_id: str) -> None:
+    try:
+        if client_id:
+            serde.check_client_id(client_id)
+    except LinkError as exc:
+        raise ConfigError(f"--name {client_id[:80]!r}; use 1 to 64 letters, digits, . _ -") from exc
+
+
 def _make_keys(state: State) -> None:
     if not (state.keys / DEVICE_KEY).exists():
         state.write_key(DEVICE_KEY, private_pem(ec.generate_private_key(ec.SECP256R1())))
@@ -124,8 +134,6 @@ def _make_keys(state: State) -> None:
 
 
 def _request(state: State, mode: str, client_id: str) -> pb.EnrollRequest:
-    if client_id:
-        serde.check_client_id(client_id)
     return pb.EnrollRequest(
         csr_der=_csr(state.read_key(DEVICE_KEY)),
         client_id=client_id,

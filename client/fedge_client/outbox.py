@@ -119,8 +119,14 @@ class Outbox:
         """Forget an update that the server has judged; remember that it did."""
         done = [t for t in self._done() if t != entry.task_id]
         self._state.write_json("delivered.json", {"tasks": [*done, entry.task_id][-_REMEMBERED:]})
-        shutil.rmtree(self._folder(entry.task_id))
+        folder = self._folder(entry.task_id)
+        gone = (
+            self._state.folder("work") / folder.name
+        )  # leaves whole; work/ may be left half-empty
+        shutil.rmtree(gone, ignore_errors=True)
+        folder.rename(gone)
         fsync_dir(self._root)
+        shutil.rmtree(gone, ignore_errors=True)
 
     def _done(self) -> list[str]:
         return list((self._state.read_json("delivered.json") or {}).get("tasks", []))

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import fedge
-from fedge.errors import FedgeError, LinkError, RefusedError
+from fedge.errors import EngineError, FedgeError, LinkError, RefusedError
 from fedge.wire import serde
 from fedge.wire.v1 import link_pb2 as pb
 from fedge_client import enroll
@@ -59,7 +59,7 @@ class Session:
         self._tasks: dict[str, pb.Task] = {}  # waiting or being done
         self._answers: OrderedDict[str, pb.DeviceEvent] = OrderedDict()
         self._current: tuple[str, asyncio.Task[None]] | None = None
-        before = state.read_json("session.json") or {}
+        before = state.read_note("session.json")
         self._status: dict[str, Any] = {
             "pid": os.getpid(),
             "updates_sent": int(before.get("updates_sent", 0)),
@@ -326,8 +326,12 @@ async def _beat(stream: Stream, every_s: float) -> None:
 
 
 def _failed(task: pb.Task, exc: FedgeError) -> pb.DeviceEvent:
+    """The report of a failure; what ONNX Runtime said may quote a value, and stays here."""
+    said = (
+        str(exc) if type(exc) is not EngineError else "the engine failed; the client's log says how"
+    )
     failed = pb.TaskFailed(
-        task_id=task.task_id, error=type(exc).__name__, message=serde.one_line(str(exc))
+        task_id=task.task_id, error=type(exc).__name__, message=serde.one_line(said)
     )
     return pb.DeviceEvent(failed=failed)
 

@@ -187,6 +187,13 @@ class State:
         tmp.write_bytes(json.dumps(value, sort_keys=True).encode())
         tmp.replace(self.root / name)
 
+    def read_note(self, name: str) -> dict[str, Any]:
+        """What :meth:`note` wrote; empty where it is missing or was lost."""
+        try:
+            return self.read_json(name) or {}
+        except StateError:
+            return {}
+
     def scratch(self, name: str) -> Path:
         """A fresh empty folder under ``work/``."""
         path = self.folder("work") / name
