@@ -12,7 +12,6 @@ import threading
 import time
 from dataclasses import dataclass
 
-from fedge.errors import FedgeError
 from fedge_server.config import Settings
 from fedge_server.grid import LinkGrid
 from fedge_server.inbox import Inbox
@@ -64,7 +63,6 @@ class App:
         self._state, self._settings, self._reporter = state, settings, reporter
         self._again, self._until_done, self._token = again, until_done, token
         self._stop = threading.Event()
-        self._failure: FedgeError | None = None
 
     def run(self) -> None:
         """Serve until SIGTERM, SIGINT or, if asked for, the end of the run.
@@ -73,13 +71,12 @@ class App:
             FedgeError: If the port cannot be had, or the run failed.
         """
         asyncio.run(self._serve())
-        if self._failure is not None:
-            raise self._failure
 
     async def _serve(self) -> None:
         state = self._state
         plan = plan_run(state, self._settings, again=self._again)
         state.blobs.clear_partial()
+        state.registry.clear_partial()
         state.store.disconnect_all()
         max_norm = (plan.run if plan else self._settings.run).max_norm
         inbox = Inbox(state.store, state.blobs, state.registry, max_norm)
@@ -103,6 +100,7 @@ class App:
             self._stop.set()
             grid.stop()
             watcher.cancel()
+            link.close()
             await server.stop(GRACE_S)
             await runner
             with contextlib.suppress(asyncio.CancelledError):
@@ -120,10 +118,9 @@ class App:
         training = Training(self._state, plan, grid, journal, self._reporter.observe, self._stop)
         try:
             finished = await asyncio.to_thread(training.run)
-        except FedgeError as exc:
-            self._failure = exc
-            leave.set()
-            return
+        except BaseException:
+            leave.set()  # without its run the server is of no use; _serve raises what happened
+            raise
         if finished:
             self._reporter.say("finished", f"{plan.run_id} is finished", run_id=plan.run_id)
             if self._until_done:
@@ -131,22 +128,9 @@ class App:
 
     def _announce(self, plan: RunPlan | None) -> None:
         state, address = self._state, advertised(self._state)
-        token = ""
-        if self._token:
-            made = state.fleet.create_token(
-                address.host,
-                address.port,
-                uses=TOKEN_USES,
-                ttl_s=TOKEN_TTL_S,
-                tag="start",
-                now_s=time.time(),
-            )
-            token = made.encode()
-        if token:
-            text = (
-                f"listening on {address}; on each device, within 24 h:\n{join_line(address, token)}"
-            )
-        else:
+        token = self._new_token(address) if self._token else ""
+        text = f"listening on {address}; on each device, within 24 h:\n{join_line(address, token)}"
+        if not token:
             more = f"fedge-server token create --state {state.path}"
             text = f"listening on {address}; to add a device: {more}"
         self._reporter.say(
@@ -158,18 +142,34 @@ class App:
             bundle=state.registry.newest(),
         )
         if plan is None:
-            self._reporter.say("idle", "no run is due: serving the newest model; --again trains on")
-            return
-        done = sum(e["event"] == "RoundCommitted" for e in state.store.events(plan.run_id))
-        verb = "continues" if done else "starts"
+            text = "no run is due: serving the newest model; --again trains on"
+            self._reporter.say("idle", text)
+        else:
+            self._announce_run(plan)
+
+    def _announce_run(self, plan: RunPlan) -> None:
+        events = self._state.store.events(plan.run_id)
+        done = sum(e["event"] == "RoundCommitted" for e in events)
         self._reporter.say(
             "run",
-            f"{plan.run_id} {verb}: {plan.run.rounds - done} of {plan.run.rounds} rounds to do, "
+            f"{plan.run_id} {'continues' if done else 'starts'}: "
+            f"{plan.run.rounds - done} of {plan.run.rounds} rounds to do, "
             f"waiting for {plan.run.min_clients} clients",
             run_id=plan.run_id,
             rounds=plan.run.rounds,
             done=done,
         )
+
+    def _new_token(self, address: Address) -> str:
+        made = self._state.fleet.create_token(
+            address.host,
+            address.port,
+            uses=TOKEN_USES,
+            ttl_s=TOKEN_TTL_S,
+            tag="start",
+            now_s=time.time(),
+        )
+        return made.encode()
 
 
 def join_line(address: Address, token: str) -> str:

@@ -71,8 +71,8 @@ def run_build(args: argparse.Namespace) -> int:
         states.create(path)
         with states.opened(path) as state:
             made = cli_start.make_bundle(state, settings)
-            bundle = state.registry.add(made, time.time())
             state.store.set_meta("model", cli_start.identity(settings.model.path))
+            bundle = state.registry.add(made, time.time())
             if args.out is not None:
                 files = {n: bundle.read(n) for n in bundle.manifest.files}
                 type(bundle).write(bundle.manifest, files, state.keys.signing_key, args.out)

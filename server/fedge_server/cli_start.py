@@ -124,9 +124,9 @@ def ensure_bundle(state: ServerState, settings: Settings) -> Bundle:
                 "or leave the model out to go on"
             )
         return state.registry.open(newest)
-    made = state.registry.add(make_bundle(state, settings), time.time())
-    state.store.set_meta("model", identity(settings.model.path))
-    return made
+    made = make_bundle(state, settings)
+    state.store.set_meta("model", identity(settings.model.path))  # first: a crash then builds anew
+    return state.registry.add(made, time.time())
 
 
 def make_bundle(state: ServerState, settings: Settings) -> Bundle:

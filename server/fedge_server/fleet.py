@@ -21,6 +21,7 @@ TOKEN_GRACE_S = 3600.0
 In that time its holder is only told why it is refused, or, where the reply to its enrolment got
 lost, is given the same admission again. Afterwards the handshake itself fails.
 """
+MAX_CACHED = 4096
 MODES = {pb.MODE_FEDERATED: "federated", pb.MODE_PERSONAL: "personal"}
 
 
@@ -42,6 +43,7 @@ class Fleet:
 
     def __init__(self, store: Store, keys: pki.Pki) -> None:
         self._store, self._keys = store, keys
+        self._devices: dict[bytes, Peer] = {}  # by certificate: what was verified stays so
 
     def create_token(
         self, host: str, port: int, *, uses: int, ttl_s: float, tag: str, now_s: float
@@ -79,10 +81,16 @@ class Fleet:
         Raises:
             RefusedError: If it is neither a known token's nor a device's.
         """
-        cert = x509.load_pem_x509_certificate(cert_pem)
         token = self._store.token(pki.fingerprint(cert_pem))
         if token is not None:
             return Peer(token=token)
+        if cert_pem not in self._devices:
+            if len(self._devices) >= MAX_CACHED:
+                self._devices.clear()
+            self._devices[cert_pem] = self._device(x509.load_pem_x509_certificate(cert_pem))
+        return self._devices[cert_pem]
+
+    def _device(self, cert: x509.Certificate) -> Peer:
         client_id = pki.client_of(cert)
         if client_id is None or not pki.issued_by(cert, self._keys.ca):
             raise RefusedError("this certificate or token is not of this federation; join again")

@@ -29,17 +29,24 @@ log = logging.getLogger(__name__)
 HELLO_TIMEOUT_S = 30.0
 REVOCATION_POLL_S = 0.5
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+class ReplacedError(FedgeError):
+    """The same device opened another session."""
+
+
+class ClosingError(FedgeError):
+    """The server is shutting down."""
+
+
 _CODES: tuple[tuple[type[FedgeError], grpc.StatusCode], ...] = (
+    (ClosingError, grpc.StatusCode.UNAVAILABLE),
     (TakenError, grpc.StatusCode.ALREADY_EXISTS),
     (ForeignError, grpc.StatusCode.PERMISSION_DENIED),
     (UnknownError, grpc.StatusCode.NOT_FOUND),
     (RefusedError, grpc.StatusCode.UNAUTHENTICATED),
     (LinkError, grpc.StatusCode.INVALID_ARGUMENT),
 )
-
-
-class ReplacedError(FedgeError):
-    """The same device opened another session."""
 
 
 class _Session:
@@ -93,6 +100,11 @@ class Link(rpc.LinkServicer):
                 self._wake, None if client_ids is None else [*client_ids]
             )
 
+    def close(self) -> None:
+        """End all sessions; their devices try again until a server is there."""
+        for session in self._sessions.values():
+            session.close(ClosingError("the server is shutting down; it will be back"))
+
     async def watch_revocations(self) -> None:
         """Close the sessions of devices that the operator revokes, until cancelled."""
         while True:
@@ -114,7 +126,8 @@ class Link(rpc.LinkServicer):
         async with _answering(context):
             peer = self._peer(context)
             node = self._fleet.admit(peer, time.time())
-            event = await asyncio.wait_for(context.read(), HELLO_TIMEOUT_S)
+            async with asyncio.timeout(HELLO_TIMEOUT_S):
+                event = await context.read()
             if event is grpc.aio.EOF or event.WhichOneof("event") != "hello":
                 raise LinkError("broken message: a session begins with hello")
             self._on_hello(node, event.hello)
@@ -185,8 +198,8 @@ class Link(rpc.LinkServicer):
 
     async def _receive(self, session: _Session, peer: Peer, context: Context) -> None:
         while True:
-            silence_s = 3 * serde.HEARTBEAT_S
-            event = await asyncio.wait_for(context.read(), silence_s)
+            async with asyncio.timeout(3 * serde.HEARTBEAT_S):
+                event = await context.read()
             if event is grpc.aio.EOF:
                 return
             node = self._fleet.admit(peer, time.time())
@@ -213,8 +226,9 @@ class Link(rpc.LinkServicer):
         while True:
             for event in self._news(session):
                 await context.write(event)
-            try:
-                await asyncio.wait_for(session.wake.wait(), serde.HEARTBEAT_S)
+            try:  # not wait_for: in Python 3.11 it may swallow a cancellation
+                async with asyncio.timeout(serde.HEARTBEAT_S):
+                    await session.wake.wait()
                 session.wake.clear()
             except TimeoutError:
                 self._fleet.admit(peer, time.time())

@@ -29,6 +29,11 @@ class Registry:
         self._content: dict[str, Path] = {}
         self._manifests: dict[str, Manifest] = {}
 
+    def clear_partial(self) -> None:
+        """Remove what was being added when the last process died; only the server calls this."""
+        for folder in (*self._root.glob("tmp-*"), *self._root.glob(".tmp-*")):
+            shutil.rmtree(folder)
+
     def add(self, bundle: Bundle, now_s: float) -> Bundle:
         """Sign a bundle with the federation's key, keep it durably and make it the newest."""
         tmp = self._root / f"tmp-{secrets.token_hex(8)}"

@@ -177,7 +177,11 @@ class Served:
     grid: LinkGrid
     link: Link
     port: int
-    max_norm: float = 1e6
+    loop: asyncio.AbstractEventLoop
+
+    def loop_tasks(self) -> int:
+        """Tasks of our own code that live on the server's loop."""
+        return sum("fedge" in repr(t) for t in asyncio.all_tasks(self.loop))
 
     def token(self, uses: int = 1, ttl_s: float = 3600.0) -> Token:
         now_s = time.time()
@@ -239,7 +243,7 @@ async def _listen(state: ServerState) -> Served:
     link = Link(state.fleet, state.store, state.registry, inbox, grid.on_answer)
     grid.notify = link.wake
     server, port = await listen(link, state.fleet, state.keys, "127.0.0.1:0")
-    served = Served(state, grid, link, port)
+    served = Served(state, grid, link, port, asyncio.get_running_loop())
     served._server = server  # type: ignore[attr-defined]
     served._watcher = asyncio.create_task(link.watch_revocations())  # type: ignore[attr-defined]
     return served

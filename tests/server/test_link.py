@@ -277,6 +277,28 @@ def test_second_hello_changes_the_facts(served: Any, device: Any) -> None:
     assert "aarch64" in served.state.store.node("clinic-1").facts_json
 
 
+def test_sessions_that_come_and_go_leave_nothing_behind(served: Any, device: Any) -> None:
+    devices = [device(f"d{i}") for i in range(12)]
+    for _ in range(3):
+        sessions = [d.link().session() for d in devices]
+        for session in sessions:
+            session.next("welcome")
+        assert len(served.grid.clients()) == len(devices)
+        for session in sessions:
+            served.link.wake()
+            session.close()
+        served.link.wake()
+        until(lambda: not served.grid.clients())
+    until(lambda: served.loop_tasks() <= 3)
+
+
+def test_closing_server_says_so_to_its_devices(served: Any, device: Any) -> None:
+    session = device().link().session()
+    session.next("welcome")
+    served.loop.call_soon_threadsafe(served.link.close)
+    assert session.ended() == grpc.StatusCode.UNAVAILABLE
+
+
 def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
     end = time.monotonic() + timeout_s
     while not condition():
