@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnx_ir as ir
 
-from fedge.errors import ArtifactError
+from fedge.errors import ArtifactError, UnsupportedOperatorError
 from fedge.types import Array
 
 Value: TypeAlias = ir.Value
@@ -58,6 +58,21 @@ def attribute(node: ir.Node, name: str, default: Any = None) -> Any:  # noqa: AN
     if found is None:
         return default
     return found.as_string() if found.type == ir.AttributeType.STRING else found.value
+
+
+def constant(node: ir.Node, index: int) -> Array:
+    """The value of an input that must not depend on the data.
+
+    Raises:
+        UnsupportedOperatorError: If it does.
+    """
+    tensor = ir.convenience.get_const_tensor(node.inputs[index])
+    if tensor is None:
+        raise UnsupportedOperatorError(
+            f"node {node.name or node.outputs[0].name!r} ({node.op_type}) computes its input "
+            f"{node.inputs[index].name!r}; fedge differentiates it where that is a constant"
+        )
+    return np.asarray(tensor.numpy())
 
 
 class Ops:
@@ -120,9 +135,13 @@ class Ops:
             return x
         return self.ReduceSum(x, self.ints(axes), keepdims=int(keepdims))
 
-    def mean(self, x: Value) -> Value:
-        """Mean over all elements, rank 0."""
-        return self.ReduceMean(x, keepdims=0)
+    def mean(self, x: Value, axes: Sequence[int] | None = None) -> Value:
+        """Mean over ``axes``, which stay with size 1; over all elements (rank 0) by default."""
+        if axes is None:
+            return self.ReduceMean(x, keepdims=0)
+        if self.opset >= 18:
+            return self.ReduceMean(x, self.ints(axes), keepdims=1)
+        return self.ReduceMean(x, axes=list(axes), keepdims=1)
 
     def size(self, x: Value) -> Value:
         """The number of elements as float32, rank 0."""

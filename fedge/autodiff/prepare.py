@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import onnx
 import onnx_ir as ir
-from onnx import inliner, version_converter
+from onnx import helper, inliner, version_converter
 from onnx_ir.passes import common
 
 from fedge.autodiff import rules  # noqa: F401 - registers the rules
@@ -70,13 +70,29 @@ def normalize(model: onnx.ModelProto) -> onnx.ModelProto:
     if opset < BASE_OPSET:
         model = version_converter.convert_version(model, BASE_OPSET)
     model = inliner.inline_local_functions(model)
-    foreign = [n for n in model.graph.node if n.domain == "" and not has_rule(n.op_type)]
-    for node in foreign:
-        _fill_defaults(node, opset_of(model))
-    names = sorted({("", n.op_type) for n in foreign})
-    model = inliner.inline_selected_functions(model, names, inline_schema_functions=True)
+    model = _expand(model)
+    del model.graph.value_info[:]
     model.ir_version = min(model.ir_version, MAX_IR_VERSION)
     return model
+
+
+def _expand(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Replace operators without a rule by their bodies; some bodies depend on their types."""
+    foreign = [n for n in model.graph.node if n.domain == "" and not has_rule(n.op_type)]
+    if not foreign:
+        return model
+    for node in foreign:
+        _fill_defaults(node, opset_of(model))
+    named = {v.name for v in model.graph.input}
+    for constant in model.graph.initializer:
+        if constant.name not in named:  # the inliner asks types of inputs, not of initializers
+            value = helper.make_tensor_value_info(
+                constant.name, constant.data_type, list(constant.dims)
+            )
+            model.graph.input.append(value)
+    typed = onnx.shape_inference.infer_shapes(model)
+    names = sorted({("", n.op_type) for n in foreign})
+    return inliner.inline_selected_functions(typed, names, inline_schema_functions=True)
 
 
 def _fill_defaults(node: onnx.NodeProto, opset: int) -> None:

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from fedge.autodiff.ops import Dim, Ops, Value, attribute, shape_of
+from fedge.autodiff.ops import Dim, Ops, Value, attribute, constant, shape_of
 from fedge.autodiff.registry import Gradients, vjp_rule
-from fedge.errors import UnsupportedOperatorError
 
 
 @vjp_rule("ReduceSum")
@@ -27,6 +26,24 @@ def reduce_mean(op: Ops, node: ir.Node, dy: Value) -> Gradients:
         return _spread(op, node, op.Mul(dy, 1.0 / math.prod(static)))
     count = op.Div(op.size(node.inputs[0]), op.size(node.outputs[0]))
     return _spread(op, node, op.Div(dy, count))
+
+
+@vjp_rule("ReduceMax", "ReduceMin")
+def reduce_extreme(op: Ops, node: ir.Node, dy: Value) -> Gradients:
+    """dy is shared by the elements that reach the extreme, as torch.amax does."""
+    x, axes = node.inputs[0], _axes(node)
+    best = _spread(op, node, node.outputs[0])
+    hits = op.Cast(op.Equal(x, best), to=int(ir.DataType.FLOAT))
+    return op.Mul(hits, op.Div(_spread(op, node, dy), op.sum(hits, axes, keepdims=True)))
+
+
+@vjp_rule("GlobalMaxPool")
+def global_max_pool(op: Ops, node: ir.Node, dy: Value) -> Gradients:
+    """Like ReduceMax over the positions."""
+    x, y = node.inputs[0], node.outputs[0]
+    hits = op.Cast(op.Equal(x, y), to=int(ir.DataType.FLOAT))
+    count = op.sum(hits, range(2, len(shape_of(x))), keepdims=True)
+    return op.Mul(hits, op.Div(dy, count))
 
 
 @vjp_rule("Softmax")
@@ -63,12 +80,7 @@ def _axes(node: ir.Node) -> list[int]:
     axes = attribute(node, "axes")
     given = node.inputs[1] if len(node.inputs) > 1 else None
     if given is not None:
-        constant = ir.convenience.get_const_tensor(given)
-        if constant is None:
-            raise UnsupportedOperatorError(
-                f"node {node.name!r} ({node.op_type}) computes its axes; give them as a constant"
-            )
-        axes = constant.numpy().tolist()
+        axes = constant(node, 1).tolist()
     if not axes:
         return [] if attribute(node, "noop_with_empty_axes", 0) else list(range(rank))
     return sorted(a % rank for a in axes)

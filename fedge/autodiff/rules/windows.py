@@ -65,6 +65,18 @@ class Windows:
 def windows_of(node: ir.Node, kernel: Sequence[int]) -> Windows:
     """Read a Conv's or pool's attributes, whatever way its padding was given."""
     size, count = (static_dims(v, slice(2, None)) for v in (node.inputs[0], node.outputs[0]))
+    return _windows(node, kernel, size, count)
+
+
+def transposed_windows_of(node: ir.Node, kernel: Sequence[int]) -> Windows:
+    """Read a ConvTranspose's: windows slide over its output, one per element of its input."""
+    count, size = (static_dims(v, slice(2, None)) for v in (node.inputs[0], node.outputs[0]))
+    return _windows(node, kernel, size, count)
+
+
+def _windows(
+    node: ir.Node, kernel: Sequence[int], size: Sequence[int], count: Sequence[int]
+) -> Windows:
     ones = [1] * len(size)
     stride = attribute(node, "strides") or ones
     dilation = attribute(node, "dilations") or ones
@@ -78,8 +90,9 @@ def windows_of(node: ir.Node, kernel: Sequence[int]) -> Windows:
         begin = [(max(p, 0) + (auto == "SAME_LOWER")) // 2 for p in spare]
     else:
         begin = list(attribute(node, "pads") or [0] * 2 * len(size))[: len(size)]
-    end = tuple(p - b for p, b in zip(spare, begin, strict=True))
-    return Windows(size, count, tuple(kernel), tuple(stride), tuple(dilation), tuple(begin), end)
+    end = [p - b for p, b in zip(spare, begin, strict=True)]
+    fields = (size, count, kernel, stride, dilation, begin, end)
+    return Windows(*(tuple(int(v) for v in field) for field in fields))
 
 
 def pad(op: Ops, x: Value, windows: Windows, lead: int) -> Value:

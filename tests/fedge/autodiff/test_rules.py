@@ -397,6 +397,105 @@ def test_global_average_pool(check: Check, n: int, rank: int, seed: int) -> None
     check("GlobalAveragePool", lambda t: t.mean(dims, keepdim=True), [x])
 
 
+@given(
+    n=st.integers(1, 2),
+    rank=st.integers(1, 2),
+    group=st.sampled_from([1, 2]),
+    kernel=st.integers(1, 3),
+    stride=st.integers(1, 3),
+    dilation=st.integers(1, 2),
+    padding=st.integers(0, 1),
+    more=st.integers(0, 2),
+    seed=seeds,
+)
+@settings(few, max_examples=20)
+def test_conv_transpose(
+    check: Check,
+    n: int,
+    rank: int,
+    group: int,
+    kernel: int,
+    stride: int,
+    dilation: int,
+    padding: int,
+    more: int,
+    seed: int,
+) -> None:
+    assume(more < stride and dilation * (kernel - 1) + 1 > 2 * padding)
+    x, w = normal(seed, n, 2 * group, *[3] * rank), normal(seed, 2 * group, 2, *[kernel] * rank)
+    torch_conv = (F.conv_transpose1d, F.conv_transpose2d)[rank - 1]
+
+    def reference(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch_conv(x, w, b, stride, padding, more, group, dilation)
+
+    check(
+        "ConvTranspose",
+        reference,
+        [x, w, normal(seed + 2, 2 * group)],
+        strides=[stride] * rank,
+        dilations=[dilation] * rank,
+        pads=[padding] * 2 * rank,
+        output_padding=[more] * rank,
+        group=group,
+    )
+
+
+@given(n=sizes, seed=seeds)
+@few
+def test_extremes(check: Check, n: int, seed: int) -> None:
+    x = normal(seed, n, 3, 4)
+    check("Max", torch.maximum, [x, normal(seed + 1, 3, 1)])
+    check("Min", torch.minimum, [x, np.array(0, np.float32)])
+    check("ReduceMax", lambda t: t.amax((1, 2), keepdim=True), [np.round(x)], axes=[1, 2])
+    check("ReduceMin", lambda t: t.amin(2), [np.round(x)], axes=[-1], keepdims=0)
+    check("GlobalMaxPool", lambda t: t.amax(2, keepdim=True), [x])
+
+
+@given(n=sizes, seed=seeds)
+@few
+def test_picking(check: Check, n: int, seed: int) -> None:
+    table, x = normal(seed, 5, 3), normal(seed, n, 5, 2)
+    tokens = np.random.default_rng(seed).integers(0, 5, (n, 4))
+    check("Gather", lambda t, i: t[i], [table, tokens], data=1)
+    check("Gather", lambda t, i: t[:, i], [x, ints(0, 2, 2, 4)], axis=1)
+    check("Gather", lambda t, i: t[:, 3], [x, np.array(3, np.int64)], axis=1)
+    check("Slice", lambda t, *_: t[:, 1:4], [x, ints(1), ints(4), ints(1)])
+    check(
+        "Slice", lambda t, *_: t[:, -3:, :1], [x, ints(-3, 0), ints(99, 1), ints(1, 2), ints(1, 1)]
+    )
+    check("Pad", lambda t, _: F.pad(t, (1, 0, 2, 3)), [x, ints(0, 2, 1, 0, 3, 0)])
+    check("Pad", lambda t, _: F.pad(t, (0, 0, -1, 1)), [x, ints(0, -1, 0, 0, 1, 0)])
+
+
+@given(n=sizes, seed=seeds, rank=st.integers(1, 2))
+@few
+def test_normalization(check: Check, n: int, seed: int, rank: int) -> None:
+    x, w, b = normal(seed, n, 3, *[4] * rank), normal(seed + 1, 3), normal(seed + 2, 3)
+    mean, variance = normal(seed + 3, 3), positive(seed + 4, 3)
+
+    def instance(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return F.instance_norm(x, None, None, w, b, eps=1e-3)
+
+    def frozen(x: torch.Tensor, *p: torch.Tensor) -> torch.Tensor:
+        w, b, m, v = (t.reshape(-1, *[1] * rank) for t in p)
+        return (x - m) / torch.sqrt(v + 1e-5) * w + b
+
+    check("InstanceNormalization", instance, [x, w, b], epsilon=1e-3)
+    check("BatchNormalization", frozen, [x, w, b, mean, variance])
+
+
+@pytest.mark.parametrize("opset", [17, 21])
+def test_layer_normalization_is_expanded(check: Check, opset: int) -> None:
+    x, w, b = normal(0, 3, 4, 6), normal(1, 6), normal(2, 6)
+    check("LayerNormalization", lambda *t: F.layer_norm(t[0], (6,), *t[1:]), [x, w, b], opset)
+
+
+@given(n=sizes, seed=seeds)
+@few
+def test_prelu_is_expanded(check: Check, n: int, seed: int) -> None:
+    check("PRelu", lambda x, a: torch.where(x < 0, a * x, x), [normal(seed, n, 3), normal(seed, 3)])
+
+
 def test_every_rule_is_tested() -> None:
     """A new rule needs a test that names its operator."""
     with open(__file__, encoding="utf-8") as file:  # noqa: PTH123 - this file

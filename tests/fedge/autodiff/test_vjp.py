@@ -197,6 +197,29 @@ def test_an_operator_without_a_rule_off_the_path_does_not_matter(run_model: Run)
     np.testing.assert_allclose(found["w@grad"], wanted, rtol=1e-4)
 
 
+UNSUPPORTED = [
+    ("y = Slice(x, p, q, o, s)", "Slice with step 2"),
+    ("n = Shape(x) m = Mul(n, z) c = Concat<axis=0>(m, m) y = Pad(x, c)", "computes its input 'c'"),
+    ('y = Pad<mode="reflect">(x, a)', "Pad in mode reflect"),
+    (
+        "h = MatMul(x, w) y, r, t = BatchNormalization<training_mode=1>(h, v, v, v, v)",
+        "in training mode",
+    ),
+]
+
+
+@pytest.mark.parametrize(("nodes", "message"), UNSUPPORTED)
+def test_forms_of_operators_that_are_not_differentiated(nodes: str, message: str) -> None:
+    constants = (
+        "p = Constant<value_ints=[0]>() q = Constant<value_ints=[4]>()"
+        " o = Constant<value_ints=[1]>() s = Constant<value_ints=[2]>() z = Constant<value_ints=[0,0]>()"
+        " a = Constant<value_ints=[0,1,0,1]>() v = Constant<value_floats=[1.0,1.0,1.0,1.0]>()"
+    )
+    graph = model(f"g (float[N,4] x) => (float[N,4] y) {{{constants} {nodes}}}")
+    with pytest.raises(UnsupportedOperatorError, match=message):
+        vjp(graph, outputs=["y"], wrt=["x"])
+
+
 def test_unknown_values_are_refused() -> None:
     graph = model("g (float[N,4] x) => (float[N,4] y) {y = Exp(x)}")
     with pytest.raises(ArtifactError, match="no value 'z'"):

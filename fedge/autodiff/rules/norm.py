@@ -1,0 +1,72 @@
+"""Normalization. LayerNormalization has a body of differentiable operators and needs no rule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from fedge.autodiff.ops import Ops, Value, attribute, shape_of
+from fedge.autodiff.registry import Gradients, vjp_rule
+from fedge.errors import UnsupportedOperatorError
+
+
+@vjp_rule("InstanceNormalization")
+def instance_norm(op: Ops, node: ir.Node, dy: Value) -> Gradients:
+    """y = x̂ w + b, x̂ of mean 0 and variance 1 over the positions of each row and channel."""
+    x, w, _ = node.inputs
+    rank = len(shape_of(x))
+    space = range(2, rank)
+    unit, inverse = _normalized(op, x, space, attribute(node, "epsilon", 1e-5))
+    dx = _through(op, op.Mul(dy, _per_channel(op, w, rank)), (unit, inverse), space)
+    return dx, op.sum(op.Mul(dy, unit), [0, *space]), op.sum(dy, [0, *space])
+
+
+def _normalized(op: Ops, x: Value, axes: Sequence[int], epsilon: float) -> tuple[Value, Value]:
+    """x̂ = (x − mean) / σ over ``axes``, and 1 / σ."""
+    centered = op.Sub(x, op.mean(x, axes))
+    variance = op.mean(op.Mul(centered, centered), axes)
+    inverse = op.Reciprocal(op.Sqrt(op.Add(variance, epsilon)))
+    return op.Mul(centered, inverse), inverse
+
+
+def _through(op: Ops, d_unit: Value, unit: tuple[Value, Value], axes: Sequence[int]) -> Value:
+    """dx = (dx̂ − mean(dx̂) − x̂ mean(dx̂ x̂)) / σ; ``unit`` is (x̂, 1 / σ)."""
+    x_hat, inverse = unit
+    shared = op.Mul(x_hat, op.mean(op.Mul(d_unit, x_hat), axes))
+    return op.Mul(op.Sub(op.Sub(d_unit, op.mean(d_unit, axes)), shared), inverse)
+
+
+@vjp_rule("BatchNormalization")
+def batch_norm(op: Ops, node: ir.Node, dy: Value, *_stats: Value | None) -> Gradients:
+    """y = (x − m) / √(v + ε) · w + b with the stored m and v (inference mode).
+
+    Raises:
+        UnsupportedOperatorError: In training mode, where m and v come from the batch.
+    """
+    if attribute(node, "training_mode", 0):
+        raise UnsupportedOperatorError(
+            f"node {node.name or node.outputs[0].name!r} is a BatchNormalization in training mode; "
+            "fedge does not train batch statistics: export it in inference mode (its module's "
+            ".eval()), which freezes them, or use GroupNorm"
+        )
+    x, w, _, mean, variance = node.inputs
+    rank = len(shape_of(x))
+    rest = [0, *range(2, rank)]
+    inverse = op.Reciprocal(op.Sqrt(op.Add(variance, attribute(node, "epsilon", 1e-5))))
+    scale = op.Mul(w, inverse)
+    weighted = op.sum(op.Mul(dy, op.Sub(x, _per_channel(op, mean, rank))), rest)
+    total = op.sum(dy, rest)
+    d_variance = op.Mul(op.Mul(weighted, scale), op.Mul(op.Mul(inverse, inverse), -0.5))
+    return (
+        op.Mul(dy, _per_channel(op, scale, rank)),
+        op.Mul(weighted, inverse),
+        total,
+        op.Neg(op.Mul(total, scale)),
+        d_variance,
+    )
+
+
+def _per_channel(op: Ops, x: Value, rank: int) -> Value:
+    """A vector over channels, shaped to broadcast over positions."""
+    return op.reshape(x, (-1, *[1] * (rank - 2))) if rank > 2 else x
