@@ -7,6 +7,9 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
+
+from fedge import tensors
 from fedge.errors import ArtifactError, LinkError, RefusedError, UpdateError
 from fedge.update import Update, check_update
 from fedge.wire import serde
@@ -17,6 +20,7 @@ from fedge_server.fleet import MODES
 from fedge_server.registry import Registry
 from fedge_server.store import NodeRow, ResultRow, Store, TaskRow
 
+MAX_MEAN_SQUARE = 1e36  # of a column: mean and deviation stay within float32
 MAX_GATES = 2  # updates checked at a time: each is in memory once
 
 
@@ -77,6 +81,10 @@ class Inbox:
         task = self._task(node, result.task_id)
         if task.kind == pb.TASK_KIND_TRAIN:
             raise LinkError("broken message: a train task is answered by an upload")
+        try:
+            self._check_answer(task, result)
+        except (UpdateError, ArtifactError) as exc:
+            return self._store.add_result(self._refusal(task, serde.one_line(str(exc))))
         row = ResultRow(
             task_id=task.task_id,
             client_id=node.client_id,
@@ -143,6 +151,20 @@ class Inbox:
             path.unlink(missing_ok=True)  # another update of this task was first
         return self._verdict(task)
 
+    def _check_answer(self, task: TaskRow, result: pb.TaskResult) -> None:
+        """Refuse statistics that could not be added to the others'; scores carry no tensors."""
+        if task.kind != pb.TASK_KIND_STATISTICS:
+            _want(not result.tensors, "scores carry no tensors")
+            return
+        (spec, *_) = self._registry.manifest(task.bundle_digest).raw_inputs
+        told = tensors.load(result.tensors)[0]
+        _want(told.keys() == {"sum", "sumsq"}, f"statistics hold {sorted(told)[:5]}")
+        for name, values in told.items():
+            _want(values.dtype == np.float64, f"{name} is {values.dtype}, wanted float64")
+            _want(values.shape == spec.shape[1:], f"{name} has shape {values.shape}")
+            bound = MAX_MEAN_SQUARE * max(1, result.num_examples)
+            _want(bool((np.abs(values) <= bound).all()), f"{name} is not finite or too large")
+
     def _gate(self, node: NodeRow, task: TaskRow, path: Path) -> Update:
         update = Update.from_bytes(path.read_bytes())
         if (update.client_id, update.round_num) != (node.client_id, task.round_num):
@@ -173,3 +195,8 @@ class Inbox:
         if task.client_id != node.client_id:
             raise ForeignError(f"task {task_id} is not {node.client_id}'s")
         return task
+
+
+def _want(ok: bool, message: str) -> None:
+    if not ok:
+        raise UpdateError(f"answer refused: {message}")

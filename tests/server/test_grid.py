@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flwr.app import Message, RecordDict
 
+from fedge import tensors
 from fedge.errors import StateError
 from fedge.flower import messages
 from fedge.flower.grid import message_id_of, node_id_of
@@ -94,13 +95,11 @@ def test_failures_and_withdrawals_are_replies_with_an_error(served: Any, device:
 
 
 def test_statistics_come_back_as_arrays(served: Any, device: Any) -> None:
-    from fedge import tensors
-
     session = device().link().session()
     message = instruction("clinic-1", "run-1/0/statistics", messages.STATISTICS)
     (task_id,) = served.grid.push_messages([message])
     assert session.next("task").params_digest == ""
-    sums = {"sum": np.arange(3.0), "sumsq": np.ones(3)}
+    sums = {"sum": np.arange(30.0), "sumsq": np.ones(30)}
     result = pb.TaskResult(task_id=task_id, num_examples=12, tensors=tensors.dump(sums))
     session.send(pb.DeviceEvent(result=result))
     served.grid.wait([task_id], 5)
@@ -108,6 +107,31 @@ def test_statistics_come_back_as_arrays(served: Any, device: Any) -> None:
     arrays = messages.params_of(messages.arrays_in(reply))
     np.testing.assert_array_equal(arrays["sum"], sums["sum"])
     assert messages.metrics_in(reply)["num-examples"] == 12
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"nonsense",
+        tensors.dump({"sum": np.ones(30)}),
+        tensors.dump({"sum": np.ones(30), "sumsq": np.ones(29)}),
+        tensors.dump({"sum": np.ones(30), "sumsq": np.ones(30, np.float32)}),
+        tensors.dump({"sum": np.ones(30), "sumsq": np.full(30, np.nan)}),
+        tensors.dump({"sum": np.ones(30), "sumsq": np.full(30, 1e300)}),
+        tensors.dump({"sum": np.ones(30), "sumsq": np.ones(30), "rows": np.ones(9)}),
+    ],
+)
+def test_statistics_of_a_broken_device_stop_nobody(served: Any, device: Any, data: bytes) -> None:
+    session = device().link().session()
+    message = instruction("clinic-1", "run-1/0/statistics", messages.STATISTICS)
+    (task_id,) = served.grid.push_messages([message])
+    session.next("task")
+    result = pb.TaskResult(task_id=task_id, num_examples=12, tensors=data)
+    session.send(pb.DeviceEvent(result=result))
+    assert served.grid.wait([task_id], 5) == {task_id}
+    (reply,) = served.grid.pull_messages([task_id])
+    assert reply.has_error()
 
 
 def test_waiting_ends_with_its_time_or_with_the_server(served: Any, device: Any) -> None:
