@@ -63,9 +63,8 @@ def test_what_a_token_cannot_do(token: Token, tmp_path: Path) -> None:
 
     async def scenario() -> None:
         link = Link(token.address, token.ca_pem, *token_identity(token.secret))
-        stream = await link.session(_hello())
-        with pytest.raises(LinkError):
-            await stream.receive(10)
+        with pytest.raises(RefusedError, match="may only enroll"):
+            await (await link.session(_hello())).receive(10)
         with pytest.raises(LinkError):
             await link.download("0" * 64, serde.Receiver(tmp_path / "part", "0" * 64, 10))
         await link.close()

@@ -12,6 +12,7 @@ import numpy as np
 import onnxruntime
 
 from fedge.artifacts.bundle import Bundle
+from fedge.engines import find_training_python
 from fedge.types import ClientData
 
 ROUNDS = 2
@@ -25,7 +26,9 @@ def test_they_get_the_model_and_send_nothing(
 ) -> None:
     bundle = make_bundle("mlp", preprocessing="site")
     server = world.serve(str(bundle.path), "--rounds", str(ROUNDS), "--min-clients", "2")
-    own = world.join(server, "own", "--mode", "personal", *data_flags("clinic-a"))
+    engine = "ort" if find_training_python() is None else "ort-training"
+    how = ["--mode", "personal", "--engine", engine]
+    own = world.join(server, "own", *how, *data_flags("clinic-a"))
     bare = world.join(server, "bare")
     bare.wait_for("no data source configured")
     own.wait_for("ready")
