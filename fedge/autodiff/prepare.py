@@ -138,8 +138,12 @@ def finish(forward: Forward, inputs: Sequence[Value], outputs: dict[str, Value])
     graph.outputs[:] = [_named(forward.op, name, value) for name, value in outputs.items()]
     common.RemoveUnusedNodesPass()(forward.model)
     common.TopologicalSortPass()(forward.model)
+    common.ClearMetadataAndDocStringPass()(forward.model)  # exporters note files and stack traces
     proto = ir.to_proto(forward.model)
-    del proto.graph.value_info[:]
+    proto.producer_name = "fedge"
+    for field in ("producer_version", "domain", "model_version", "doc_string", "metadata_props"):
+        proto.ClearField(field)
+    proto.graph.ClearField("value_info")
     return proto
 
 

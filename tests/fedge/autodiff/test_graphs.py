@@ -396,6 +396,32 @@ def test_opsets_out_of_range_are_refused(opset: int) -> None:
         make(model)
 
 
+@pytest.mark.parametrize("opset", [13, 15, 18, 21])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses_and_optimizers_in_every_opset(opset: int, loss: str) -> None:
+    model = model_of(LINEAR, w=W)
+    model.opset_import[0].version = opset
+    graphs = make(model, loss=loss, optimizer=Optimizer("adamw"))
+    assert graphs.step.opset_import[0].version == max(opset, 17)
+    x, rows = np.ones((3, 4), np.float32), np.zeros(3, np.int64)
+    labels = rows if loss == "cross_entropy" else np.zeros((3, 2), np.float32)
+    state = {s.name: np.zeros(s.shape, np.float32) for s in graphs.state}
+    feeds = {"x": x, "labels": labels, "lr": np.array(0.1, np.float32), "w": W, **state}
+    found = run(session(graphs.step), feeds)
+    assert found["optimizer@steps@next"] == 1
+    assert np.isfinite(found["w@next"]).all()
+
+
+def test_nothing_of_where_the_model_came_from_is_kept() -> None:
+    model = model_of(LINEAR, w=W)
+    model.producer_name, model.doc_string = "/home/someone/train.py", "written by someone"
+    model.graph.node[0].doc_string = "File /home/someone/train.py, line 3"
+    model.metadata_props.add(key="path", value="/home/someone")
+    graphs = make(model)
+    for graph in (graphs.step, graphs.grad, graphs.evaluate, graphs.infer):
+        assert b"someone" not in graph.SerializeToString()
+
+
 def test_initializers_that_are_listed_as_inputs_and_new_ir_versions() -> None:
     model = model_of(LINEAR, w=W)
     model.graph.input.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, [4, 2]))

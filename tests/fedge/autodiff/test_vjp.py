@@ -212,8 +212,9 @@ UNSUPPORTED = [
 def test_forms_of_operators_that_are_not_differentiated(nodes: str, message: str) -> None:
     constants = (
         "p = Constant<value_ints=[0]>() q = Constant<value_ints=[4]>()"
-        " o = Constant<value_ints=[1]>() s = Constant<value_ints=[2]>() z = Constant<value_ints=[0,0]>()"
-        " a = Constant<value_ints=[0,1,0,1]>() v = Constant<value_floats=[1.0,1.0,1.0,1.0]>()"
+        " o = Constant<value_ints=[1]>() s = Constant<value_ints=[2]>()"
+        " z = Constant<value_ints=[0,0]>() a = Constant<value_ints=[0,1,0,1]>()"
+        " v = Constant<value_floats=[1.0,1.0,1.0,1.0]>()"
     )
     graph = model(f"g (float[N,4] x) => (float[N,4] y) {{{constants} {nodes}}}")
     with pytest.raises(UnsupportedOperatorError, match=message):
