@@ -16,6 +16,34 @@ from fedge.artifacts.bundle import Bundle
 from fedge.types import ClientData
 
 ROUNDS, KILLS = 8, 5
+KILL_POINTS = 12  # a round's commit, install and removal touch the disk about so often
+# The real command, killed just before it touches the outbox's files for the n-th time.
+KILLED_AT = """
+import os, pathlib, signal, sys
+from fedge_client import outbox
+left = int(sys.argv.pop(1))
+
+def counted(real):
+    def call(*args, **kwargs):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+    return call
+
+for name in ("atomic_write", "fsync_dir", "_sync"):
+    setattr(outbox, name, counted(getattr(outbox, name)))
+for name in ("rename", "replace"):
+    real = getattr(pathlib.Path, name)
+    seen = counted(real)
+    def move(self, target, real=real, seen=seen):
+        ours = "/outbox/" in f"{self}/{target}" or "/outbox/" in f"{target}/"
+        return (seen if ours else real)(self, target)
+    setattr(pathlib.Path, name, move)
+from fedge_client.cli import main
+sys.exit(main())
+"""
 SLOW = fedge.TrainConfig(lr=0.02, batch_size=4, epochs=600)  # some tenths of a second
 
 
@@ -54,6 +82,35 @@ def test_a_killed_client_finishes_the_same_run(
     rounds = [e for e in server.events if e["event"] == "round"]
     assert [e["round"] for e in rounds] == list(range(1, ROUNDS + 1))
     assert all(len(e["clients"]) == 2 for e in rounds)
+
+
+def test_a_client_killed_between_any_two_writes_finishes_the_same_run(
+    world: Any,
+    make_bundle: Callable[..., Bundle],
+    hospitals: dict[str, ClientData],
+    data_flags: Callable[[str], list[str]],
+) -> None:
+    rounds = KILL_POINTS + 3
+    bundle = make_bundle("mlp", personal=["head.*"])
+    undisturbed = fedge.Federation(bundle, list(hospitals.values()), engine="ort").run(rounds)
+
+    (world.root / "killed.py").write_text(KILLED_AT)
+    server = world.serve(str(bundle.path), "--rounds", str(rounds))
+    names = list(hospitals)
+    assert world.join(server, names[0], *data_flags(names[0]), "--enroll-only").wait_gone() == 0
+    (world.root / names[0] / "client.toml").open("a").write('[engine]\nname = "ort"\n')
+    world.join(server, names[1], *data_flags(names[1]), "--engine", "ort")
+    for point in range(1, KILL_POINTS + 1):
+        victim = world.script(world.root / "killed.py", names[0], str(point), "run")
+        assert victim.wait_gone() == -signal.SIGKILL, victim.log.read_text()
+    first = world.client(names[0], "run")
+    server.wait_for("finished")
+    first.wait_for(f"model of round {rounds} is here")
+    for name, values in first.newest_params().items():
+        np.testing.assert_array_equal(values, undisturbed.params[name], err_msg=name)
+    for name, values in first.personal_params().items():
+        kept = undisturbed.personal[first.name][name]
+        np.testing.assert_array_equal(values, kept, err_msg=name)
 
 
 def _wait_until_training(client: Any) -> None:
