@@ -232,7 +232,7 @@ class Session:
             result, line = await self._desk.do(task)
         except FedgeError as exc:
             self._note(last_error=str(exc))
-            result, line = _failed(task, exc), f"failed: {exc}"
+            result, line = failure(task, exc), f"failed: {exc}"
         self._report(f"round {task.round_num}: {line}")
         if result is None:
             self._undelivered.set()
@@ -266,7 +266,9 @@ class Session:
                 if link is None:
                     continue
                 reply = await link.upload(upload.header, upload.path)
-            except (RefusedError, NotRetryableError) as exc:
+            except RefusedError:
+                raise  # not admitted any more; the update stays
+            except NotRetryableError as exc:
                 verdict = f"cannot be delivered: {exc}"
                 break
             except LinkError as exc:
@@ -325,7 +327,7 @@ async def _beat(stream: Stream, every_s: float) -> None:
             return  # the reading side notices too
 
 
-def _failed(task: pb.Task, exc: FedgeError) -> pb.DeviceEvent:
+def failure(task: pb.Task, exc: FedgeError) -> pb.DeviceEvent:
     """The report of a failure; what ONNX Runtime said may quote a value, and stays here."""
     said = (
         str(exc) if type(exc) is not EngineError else "the engine failed; the client's log says how"

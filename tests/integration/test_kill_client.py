@@ -45,6 +45,7 @@ from fedge_client.cli import main
 sys.exit(main())
 """
 SLOW = fedge.TrainConfig(lr=0.02, batch_size=4, epochs=600)  # some tenths of a second
+ENDLESS = fedge.TrainConfig(lr=0.02, batch_size=4, epochs=1_000_000)
 
 
 def test_a_killed_client_finishes_the_same_run(
@@ -123,6 +124,22 @@ def _wait_until_training(client: Any) -> None:
     raise AssertionError(f"never trained: {client.log.read_text()}")
 
 
+def test_a_task_whose_round_is_over_is_given_up(
+    world: Any,
+    make_bundle: Callable[..., Bundle],
+    hospitals: dict[str, ClientData],
+    data_flags: Callable[[str], list[str]],
+) -> None:
+    del hospitals
+    bundle = make_bundle("endless", train=ENDLESS)
+    flags = ("--rounds", "1", "--min-clients", "1", "--deadline", "1")
+    server = world.serve(str(bundle.path), *flags)
+    client = world.join(server, "clinic-a", *data_flags("clinic-a"), "--engine", "ort")
+    client.wait_for("round 1: cancelled by the server")
+    assert client.process.poll() is None
+    assert '"connection": "online"' in world.command("clinic-a", "status", "--json").stdout
+
+
 def test_a_killed_worker_is_an_error_of_one_task(
     world: Any,
     make_bundle: Callable[..., Bundle],
@@ -131,8 +148,7 @@ def test_a_killed_worker_is_an_error_of_one_task(
 ) -> None:
     import psutil
 
-    endless = fedge.TrainConfig(lr=0.02, batch_size=4, epochs=1_000_000)
-    bundle = make_bundle("endless", train=endless)
+    bundle = make_bundle("endless", train=ENDLESS)
     server = world.serve(str(bundle.path), "--rounds", "1", "--min-clients", "1")
     client = world.join(server, "clinic-a", *data_flags("clinic-a"), "--engine", "ort")
     client.wait_for("ready")
