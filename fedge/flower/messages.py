@@ -153,4 +153,5 @@ def finite(metrics: Mapping[str, float]) -> Metrics:
 
 
 def _record(num_examples: int, metrics: Metrics) -> MetricRecord:
-    return MetricRecord({WEIGHT: num_examples, **finite(metrics)})
+    """The weight comes last: no metric of a stranger's choosing may pass for it."""
+    return MetricRecord({**finite(metrics), WEIGHT: num_examples})

@@ -151,7 +151,8 @@ def _weight(metrics: Metrics) -> int:
 
 
 def _row(task: Task, weight: int, metrics: Metrics) -> Row:
-    return {"client_id": task.client_id, "num_examples": weight, **messages.finite(metrics)}
+    """One client's line; what it calls its metrics cannot make the line another's."""
+    return {**messages.finite(metrics), "client_id": task.client_id, "num_examples": weight}
 
 
 def _cleaned(reply: Message, weight: int, metrics: Metrics, keys: tuple[str, ...]) -> Message:
