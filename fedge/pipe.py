@@ -45,21 +45,21 @@ def send(
         sock.sendall(view)
 
 
-def receive(sock: socket.socket) -> Frame:
-    """Read one frame.
+def receive(sock: socket.socket, max_bytes: int = MAX_FRAME_BYTES) -> Frame:
+    """Read one frame of at most ``max_bytes``.
 
     Raises:
         EOFError: If the other side closed.
         WorkerDiedError: If the frame is malformed or too large.
     """
     total = int.from_bytes(_exactly(sock, 8), "little")
-    _want(4 <= total <= MAX_FRAME_BYTES, f"frame of {total} bytes")
+    _want(4 <= total <= max_bytes, f"frame of {total} bytes")
     size = int.from_bytes(_exactly(sock, 4), "little")
     _want(size <= min(total - 4, MAX_HEADER_BYTES), f"header of {size} bytes")
     try:
         header = json.loads(_exactly(sock, size))
         sizes = header.pop("blobs")
-    except (ValueError, KeyError, AttributeError, RecursionError) as exc:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
         raise WorkerDiedError(f"the worker sent a malformed frame: {exc}") from exc
     _want(
         isinstance(sizes, list) and all(type(s) is int and s >= 0 for s in sizes),
@@ -113,7 +113,15 @@ def _end_with_parent(sock: socket.socket) -> None:
 
 
 class Child:
-    """A worker process and the pipe to it; not shared between threads without a lock."""
+    """A worker process and the pipe to it; not shared between threads without a lock.
+
+    Args:
+        module: What to run, with ``python -m``.
+        python: In which interpreter.
+        args: Further arguments.
+        environ: Variables to set for it.
+        max_answer_bytes: Largest answer taken from it.
+    """
 
     def __init__(
         self,
@@ -121,6 +129,7 @@ class Child:
         python: str | Path = sys.executable,
         args: Sequence[str] = (),
         environ: Mapping[str, str] | None = None,
+        max_answer_bytes: int = MAX_FRAME_BYTES,
     ) -> None:
         ours, theirs = socket.socketpair()
         env = {**os.environ, **(environ or {})}
@@ -139,6 +148,7 @@ class Child:
             )
         self._sock = ours
         self._what = module
+        self._max_answer_bytes = max_answer_bytes
 
     @property
     def pid(self) -> int:
@@ -161,14 +171,15 @@ class Child:
         try:
             self._sock.settimeout(timeout_s)
             send(self._sock, {**(header or {}), "call": name}, blobs)
-            answer, data = receive(self._sock)
+            answer, data = receive(self._sock, self._max_answer_bytes)
         except TimeoutError as exc:
             self.kill()
             raise WorkerDiedError(f"{self._what} did not answer {name} in {timeout_s} s") from exc
         except (EOFError, OSError) as exc:
             raise WorkerDiedError(f"{self._what} died during {name}: {self._epitaph()}") from exc
         if "error" in answer:
-            raise errors.BY_NAME.get(answer["error"], FedgeError)(answer.get("message", ""))
+            kind = errors.BY_NAME.get(str(answer["error"]), FedgeError)
+            raise kind(str(answer.get("message", "")))
         return answer, data
 
     def close(self, timeout_s: float = 5.0) -> None:

@@ -6,8 +6,9 @@ Still the resident half: it moves files and asks the worker; it computes nothing
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from fedge.artifacts.bundle import Bundle, read_manifest
 from fedge.artifacts.manifest import Manifest
 from fedge.engines.probe import probe_engines
-from fedge.errors import DataError, LinkError, PolicyError
+from fedge.errors import DataError, LinkError, PolicyError, WorkerDiedError
 from fedge.wire import serde
 from fedge.wire.v1 import link_pb2 as pb
 from fedge_client import config as settings
@@ -214,10 +215,11 @@ class Desk:
                 "out": str(work),
             },
         )
-        outbox.commit(work, task.task_id, task.bundle_digest, task.round_num)
-        loss = answer["metrics"].get("train_loss")
-        shown = "" if loss is None else f", loss {loss:.4f}"
-        return f"trained on {answer['num_examples']} rows{shown}"
+        with _judging_the_worker():
+            loss = answer["metrics"].get("train_loss")
+            shown = "" if loss is None else f", loss {loss:.4f}"
+            outbox.commit(work, task.task_id, task.bundle_digest, task.round_num)
+            return f"trained on {answer['num_examples']} rows{shown}"
 
     async def _small(self, task: pb.Task) -> tuple[pb.DeviceEvent, str]:
         self._require_data()
@@ -228,14 +230,16 @@ class Desk:
             name = "evaluate"
             job["params"] = str(await self._params(task.params_digest, manifest))
         _, answer, blobs = await self.call(name, task.bundle_digest, job)
-        result = pb.TaskResult(
-            task_id=task.task_id,
-            num_examples=answer["num_examples"],
-            metrics=answer["metrics"],
-            tensors=blobs[0] if blobs else b"",
-        )
-        shown = ", ".join(f"{n} {v:.4f}" for n, v in answer["metrics"].items())
-        line = f"{name} over {answer['num_examples']} rows" + (f": {shown}" if shown else "")
+        with _judging_the_worker():
+            result = pb.TaskResult(
+                task_id=task.task_id,
+                num_examples=answer["num_examples"],
+                metrics=answer["metrics"],
+                tensors=blobs[0] if blobs else b"",
+            )
+        serde.check_result(result)
+        shown = ", ".join(f"{n} {v:.4f}" for n, v in sorted(result.metrics.items()))
+        line = f"{name} over {result.num_examples} rows" + (f": {shown}" if shown else "")
         return pb.DeviceEvent(result=result), line
 
     async def _bundle(self, digest: str) -> Manifest:
@@ -259,7 +263,9 @@ class Desk:
         known = self._state.read_json("data.json") or {}
         if known.get("key") != key:
             answer, _ = await self._workers.call("describe", self._job(digest, engine), engine)
-            known = {"key": key, "train": answer["train"], "test": answer["test"]}
+            with _judging_the_worker():
+                rows = {part: int(answer[part]) for part in ("train", "test")}
+            known = {"key": key, **rows}
             self._state.write_json("data.json", known)
         return known["train"], known["test"]
 
@@ -278,6 +284,15 @@ class Desk:
     def _require_data(self) -> None:
         if self._config.data is None:
             raise DataError(NO_DATA)
+
+
+@contextlib.contextmanager
+def _judging_the_worker() -> Iterator[None]:
+    """A worker may have been taken over: an answer that makes no sense is its end, not ours."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, FileNotFoundError) as exc:
+        raise WorkerDiedError(f"the worker's answer makes no sense: {exc!r}") from exc
 
 
 async def _offline(digest: str, receiver: serde.Receiver) -> None:

@@ -15,6 +15,7 @@ from fedge.pipe import Child
 from fedge_client.config import EngineConfig
 
 MODULE = "fedge_client.worker"
+_MAX_ANSWER_BYTES = 4 << 20  # numbers and small tensors; everything large goes through files
 # Fewer malloc arenas and no spare OpenMP threads: a worker's memory is most of what a device pays.
 _ENVIRON = {"MALLOC_ARENA_MAX": "2", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
@@ -88,7 +89,10 @@ class Workers:
         if self._child is not None and self._python != python:
             self._drop()
         if self._child is None:
-            self._child, self._python = Child(MODULE, python, environ=_ENVIRON), python
+            self._child = Child(
+                MODULE, python, environ=_ENVIRON, max_answer_bytes=_MAX_ANSWER_BYTES
+            )
+            self._python = python
         return self._child
 
     def _arm(self) -> None:

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fedge.errors import DataError, EngineError, LinkError, PolicyError, WorkerDiedError
+from fedge.errors import (
+    DataError,
+    EngineError,
+    FedgeError,
+    LinkError,
+    PolicyError,
+    WorkerDiedError,
+)
 from fedge.wire import serde
 from fedge.wire.v1 import link_pb2 as pb
 from fedge_client.config import ClientConfig, DataConfig, EngineConfig
@@ -62,6 +70,35 @@ def test_what_was_finished_is_not_trained_again(state: State) -> None:
         None,
         "its update was delivered before",
     )
+
+
+_ANSWERS: list[dict[str, Any]] = [
+    {},
+    {"num_examples": 3},
+    {"num_examples": 3, "metrics": [1]},
+    {"num_examples": -3, "metrics": {}},
+    {"num_examples": "3 rows", "metrics": {"train_loss": "low"}},
+    {"num_examples": 3, "metrics": {"loss": float("nan"), "train_loss": {}}},
+    {"num_examples": 3, "metrics": {}, "no": "update file"},
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("answer", _ANSWERS)
+def test_a_worker_that_answers_nonsense_fails_the_task_alone(
+    state: State, monkeypatch: pytest.MonkeyPatch, kind: pb.TaskKind, answer: dict[str, Any]
+) -> None:
+    async def call(*_: object) -> tuple[str, dict[str, Any], list[bytes]]:
+        return "ort", answer, [b"x" * (1 << 21)]
+
+    async def found(*_: object) -> Path:
+        return Path("anything")
+
+    desk = Desk(state, FEDERATED, ClientConfig(DataConfig("r.csv", "y")), Outbox(state, FEDERATED))
+    for name, instead in (("call", call), ("_bundle", found), ("_params", found)):
+        monkeypatch.setattr(desk, name, instead)
+    with pytest.raises(FedgeError):
+        asyncio.run(desk.do(task(kind)))
 
 
 def test_an_engine_that_is_set_needs_no_probe(state: State) -> None:

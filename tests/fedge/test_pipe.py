@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedge import pipe
-from fedge.errors import DataError, EngineError, WorkerDiedError
+from fedge.errors import DataError, EngineError, FedgeError, WorkerDiedError
 from fedge.pipe import Child
 
 WORKER = """
@@ -85,6 +85,7 @@ def test_any_bytes_are_a_frame_or_a_named_error(data: bytes) -> None:
         (6).to_bytes(8, "little") + (2).to_bytes(4, "little") + b"{}",
         (16).to_bytes(8, "little") + (12).to_bytes(4, "little") + b'{"blobs":-1}',
         (16).to_bytes(8, "little") + (12).to_bytes(4, "little") + b'{"blobs":[9]',
+        (7).to_bytes(8, "little") + (3).to_bytes(4, "little") + b"[1]",
     ],
 )
 def test_malformed_frames_are_refused(frame: bytes) -> None:
@@ -94,6 +95,22 @@ def test_malformed_frames_are_refused(frame: bytes) -> None:
         ours.close()
         with pytest.raises(WorkerDiedError, match="malformed"):
             pipe.receive(theirs)
+
+
+def test_an_answer_larger_than_the_parent_wants_is_not_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(folder))
+    with Child("pipe_test_worker", max_answer_bytes=1000) as child:
+        assert child.call("echo", blobs=[b"x" * 500])[1] == [b"x" * 500]
+        with pytest.raises(WorkerDiedError, match="frame of"):
+            child.call("echo", blobs=[b"x" * 1000])
+
+
+@pytest.mark.parametrize("error", [[1], {"a": 1}, 7, None, "SystemExit"])
+def test_an_error_of_no_known_class_is_still_ours(child: Child, error: object) -> None:
+    with pytest.raises(FedgeError):
+        child.call("echo", {"error": error, "message": {"not": "text"}})
 
 
 def test_a_worker_answers_many_times_and_ends_when_closed(child: Child) -> None:
