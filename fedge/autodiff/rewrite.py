@@ -32,6 +32,47 @@ def relu_after_pooling(forward: Forward) -> None:
         forward.graph.remove(relu)
 
 
+def batch_statistics(forward: Forward) -> dict[str, Value]:
+    """Make BatchNormalization in training mode keep running statistics as torch does.
+
+    ONNX blends in the batch's variance as it is, torch n/(n − 1) of it. With momentum 0 the node
+    puts out the batch's own statistics, which its gradient needs too. ONNX Runtime writes them
+    over the node's inputs 3 and 4, even where others read those later: it gets buffers of its own.
+
+    Returns:
+        Name of each running mean and variance -> its value after this batch.
+    """
+    after: dict[str, Value] = {}
+    for node in [n for n in forward.graph if n.op_type == "BatchNormalization"]:
+        if attribute(node, "training_mode", 0):
+            _keep_statistics(forward, node, after)
+    return after
+
+
+def _keep_statistics(forward: Forward, node: ir.Node, after: dict[str, Value]) -> None:
+    op, x, momentum = forward.op, node.inputs[0], attribute(node, "momentum", 0.9)
+    attributes = {"training_mode": 1, "epsilon": attribute(node, "epsilon", 1e-5), "momentum": 0.0}
+    running = [after.get(v.name, v) for v in node.inputs[3:5]]
+    buffers = [op.Mul(v, 0.0) for v in running]
+    outputs = op.BatchNormalization(*node.inputs[:3], *buffers, outputs=3, **attributes)
+    new = [v.producer() for v in (*buffers, outputs[0])]
+    forward.graph.remove(new)
+    forward.graph.insert_after(node, new)
+    outputs[0].shape, outputs[0].dtype = node.outputs[0].shape, x.dtype
+    count = op.Div(op.size(x), op.size(node.inputs[1]))  # elements per channel
+    unbiased = op.Mul(outputs[2], op.Div(count, op.Max(op.Sub(count, 1.0), 1.0)))
+    replaced = [outputs[0]]
+    for old, before, batch in zip(node.inputs[3:5], running, (outputs[1], unbiased), strict=True):
+        value = op.Add(op.Mul(before, momentum), op.Mul(batch, 1 - momentum))
+        value.shape, value.dtype = old.shape, old.dtype
+        after[old.name] = value
+        replaced.append(value)
+    ir.convenience.replace_all_uses_with(
+        node.outputs, replaced[: len(node.outputs)], replace_graph_outputs=True
+    )
+    forward.graph.remove(node)
+
+
 def _only_use(value: Value) -> bool:
     return len(value.uses()) == 1 and not value.is_graph_output()
 

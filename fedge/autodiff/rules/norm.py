@@ -8,7 +8,6 @@ import onnx_ir as ir
 
 from fedge.autodiff.ops import Ops, Value, attribute, shape_of
 from fedge.autodiff.registry import Gradients, vjp_rule
-from fedge.errors import UnsupportedOperatorError
 
 
 @vjp_rule("InstanceNormalization")
@@ -38,18 +37,15 @@ def _through(op: Ops, d_unit: Value, unit: tuple[Value, Value], axes: Sequence[i
 
 
 @vjp_rule("BatchNormalization")
-def batch_norm(op: Ops, node: ir.Node, dy: Value, *_stats: Value | None) -> Gradients:
-    """y = (x − m) / √(v + ε) · w + b with the stored m and v (inference mode).
+def batch_norm(op: Ops, node: ir.Node, dy: Value | None, *_stats: Value | None) -> Gradients:
+    """y = (x − m) / √(v + ε) · w + b with stored m and v, or with the batch's in training mode.
 
-    Raises:
-        UnsupportedOperatorError: In training mode, where m and v come from the batch.
+    No gradient flows through the running statistics that training mode puts out.
     """
+    if dy is None:
+        return None
     if attribute(node, "training_mode", 0):
-        raise UnsupportedOperatorError(
-            f"node {node.name or node.outputs[0].name!r} is a BatchNormalization in training mode; "
-            "fedge does not train batch statistics: export it in inference mode (its module's "
-            ".eval()), which freezes them, or use GroupNorm"
-        )
+        return _batch_norm_training(op, node, dy)
     x, w, _, mean, variance = node.inputs
     rank = len(shape_of(x))
     rest = [0, *range(2, rank)]
@@ -65,6 +61,37 @@ def batch_norm(op: Ops, node: ir.Node, dy: Value, *_stats: Value | None) -> Grad
         op.Neg(op.Mul(total, scale)),
         d_variance,
     )
+
+
+def _batch_norm_training(op: Ops, node: ir.Node, dy: Value) -> Gradients:
+    """dx = s (dy − x̂ dw/n − db/n), s = w / √(v + ε), n elements per channel.
+
+    The part that depends on x is a BatchNormalization in inference mode, one pass over x.
+    """
+    x, w = node.inputs[:2]
+    rank = len(shape_of(x))
+    rest = [0, *range(2, rank)]
+    epsilon = attribute(node, "epsilon", 1e-5)
+    mean, variance = _batch_statistics(op, node, rest)
+    inverse = op.Reciprocal(op.Sqrt(op.Add(variance, epsilon)))
+    db = op.sum(dy, rest)
+    dw = op.Mul(op.Sub(op.sum(op.Mul(dy, x), rest), op.Mul(mean, db)), inverse)
+    scale = op.Mul(w, inverse)
+    per_element = op.Neg(op.Div(scale, op.Div(op.size(x), op.size(w))))
+    weights = (op.Mul(per_element, dw), op.Mul(per_element, db))
+    shared = op.BatchNormalization(x, *weights, mean, variance, epsilon=epsilon)
+    return op.Add(op.Mul(dy, _per_channel(op, scale, rank)), shared), dw, db
+
+
+def _batch_statistics(op: Ops, node: ir.Node, rest: Sequence[int]) -> tuple[Value, Value]:
+    """Mean and variance over rows and positions; with momentum 0 the node puts them out."""
+    if len(node.outputs) == 3 and attribute(node, "momentum", 0.9) == 0:
+        return node.outputs[1], node.outputs[2]
+    x = node.inputs[0]
+    mean = op.mean(x, rest)
+    centered = op.Sub(x, mean)
+    variance = op.mean(op.Mul(centered, centered), rest)
+    return op.reshape(mean, [-1]), op.reshape(variance, [-1])
 
 
 def _per_channel(op: Ops, x: Value, rank: int) -> Value:

@@ -36,9 +36,13 @@ def one_operator(
     opset: int,
     data: int,
 ) -> onnx.ModelProto:
-    """A model of one node; operand ``data`` is its input, the others are initializers."""
+    """A model of one node; operand ``data`` is its input, the others are initializers.
+
+    The attribute ``outputs`` is the number of outputs; ``y`` is the first.
+    """
     names = ["" if a is None else f"x{i}" for i, a in enumerate(operands)]
-    node = helper.make_node(op_type, names, ["y"], name="the node", **attributes)
+    outputs = ["y", *(f"y{i}" for i in range(1, attributes.pop("outputs", 1)))]
+    node = helper.make_node(op_type, names, outputs, name="the node", **attributes)
     given = {n: a for n, a in zip(names, operands, strict=True) if a is not None}
     x = given.pop(f"x{data}", np.zeros((1, 1), np.float32))
     dtype = helper.np_dtype_to_tensor_dtype(x.dtype)
