@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import fedge
 from fedge.errors import ConfigError, FedgeError
+from fedge.wire.serde import printable
 from fedge_client import commands
 from fedge_client.config import ENGINES
 from fedge_client.state import MODES
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(args.func(args))
     except FedgeError as exc:
         text = " ".join(str(exc).split())
-        print(f"fedge-client: error: {text}", file=sys.stderr)
+        print(f"fedge-client: error: {printable(text)}", file=sys.stderr)
         return exc.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED

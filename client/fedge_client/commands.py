@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedge.errors import ConfigError, StateError
+from fedge.wire.serde import printable
 from fedge.wire.token import PREFIX, Token
 from fedge_client import config as settings
 from fedge_client import enroll, environments
@@ -150,7 +151,7 @@ def engines(args: argparse.Namespace) -> int:
 def report(line: str) -> None:
     """One line of progress: bare on a terminal, with the time in a log."""
     stamp = "" if sys.stderr.isatty() else time.strftime("%Y-%m-%dT%H:%M:%S ")
-    print(f"{stamp}{line}", file=sys.stderr, flush=True)
+    print(f"{stamp}{printable(line)}", file=sys.stderr, flush=True)
 
 
 def _serve(state: State, identity: Identity, config: ClientConfig) -> int:
@@ -301,4 +302,4 @@ def _show(found: dict[str, Any], as_json: bool) -> None:
     width = max(len(n) for n in found) + 2
     for name, value in found.items():
         if value not in ("", None):
-            print(f"{name.replace('_', ' '):<{width}}{value}")
+            print(f"{name.replace('_', ' '):<{width}}{printable(str(value))}")

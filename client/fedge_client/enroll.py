@@ -7,6 +7,7 @@ import platform
 import time
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -62,7 +63,7 @@ async def enroll(state: State, token: Token, mode: str, client_id: str = "") -> 
         mode=mode,
         signer=reply.signer_public_key.hex(),
     )
-    serde.check_client_id(identity.client_id)
+    serde.check_enrolled(reply)
     state.write_key(CA_CERT, token.ca_pem)
     _store_certificate(state, reply.certificate_der)
     state.save_identity(identity)
@@ -135,7 +136,7 @@ def _make_keys(state: State) -> None:
 
 def _request(state: State, mode: str, client_id: str) -> pb.EnrollRequest:
     return pb.EnrollRequest(
-        csr_der=_csr(state.read_key(DEVICE_KEY)),
+        csr_der=_csr(_device_key(state.read_key(DEVICE_KEY))),
         client_id=client_id,
         mode=wire_mode(mode),
         fedge_version=fedge.__version__,
@@ -148,15 +149,27 @@ def wire_mode(mode: str) -> pb.Mode:
     return pb.MODE_PERSONAL if mode == PERSONAL else pb.MODE_FEDERATED
 
 
-def _csr(key_pem: bytes) -> bytes:
+def _device_key(key_pem: bytes) -> ec.EllipticCurvePrivateKey:
     key = serialization.load_pem_private_key(key_pem, password=None)
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise RefusedError("keys/device.key holds no P-256 key; remove keys/ and join again")
+    return key
+
+
+def _csr(key: ec.EllipticCurvePrivateKey) -> bytes:
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedge-client")])
     request = x509.CertificateSigningRequestBuilder().subject_name(subject)
     return request.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.DER)
 
 
 def _store_certificate(state: State, der: bytes) -> None:
-    pem = x509.load_der_x509_certificate(der).public_bytes(serialization.Encoding.PEM)
-    state.write_key(DEVICE_CERT, pem)
+    """Keep a certificate that fits our key; one that does not would lock this device out."""
+    key = _device_key(state.read_key(DEVICE_KEY))
+    try:
+        cert = x509.load_der_x509_certificate(der)
+        fits = cert.public_key() == key.public_key()
+    except (ValueError, TypeError, UnsupportedAlgorithm) as exc:
+        raise LinkError(f"broken message: certificate_der: {exc}") from exc
+    if not fits:
+        raise LinkError("broken message: certificate_der is of another key than this device's")
+    state.write_key(DEVICE_CERT, cert.public_bytes(serialization.Encoding.PEM))

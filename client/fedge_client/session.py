@@ -29,6 +29,7 @@ from fedge_client.tasks import Desk, Readiness
 BACKOFF_S, BACKOFF_MAX_S = 0.5, 30.0
 RETRY_S = 0.5
 _KEPT_ANSWERS = 32  # small answers a server that crashed may ask for again
+_MAX_WAITING = 256  # jobs
 _VERDICTS = {
     pb.VERDICT_ACCEPTED: "accepted",
     pb.VERDICT_DUPLICATE: "had been accepted before",
@@ -136,10 +137,10 @@ class Session:
         event = await stream.receive(3.0 * serde.HEARTBEAT_S)
         self._move(event.WhichOneof("event") or "nothing")
         welcome = event.welcome
+        serde.check_welcome(welcome)
         self._report(f"connected to {self._identity.address} as {welcome.client_id}")
         self._note(last_error="", last_contact_s=time.time())
         if welcome.bundle_digest:
-            serde.check_digest("bundle", welcome.bundle_digest)
             self._jobs.put_nowait(lambda: self._prepare(welcome.bundle_digest))
         else:
             self._report("the server has no bundle yet")
@@ -157,6 +158,8 @@ class Session:
     def _on_event(self, event: pb.ServerEvent) -> None:
         kind = event.WhichOneof("event") or "nothing"
         self._phase = step(self._phase, kind)
+        if self._jobs.qsize() >= _MAX_WAITING:
+            raise LinkError(f"broken protocol: the server asks for more than {_MAX_WAITING} things")
         if kind == "task":
             self._on_task(event.task)
         elif kind == "cancel":

@@ -199,6 +199,14 @@ def check_enroll(request: pb.EnrollRequest) -> None:
     _want(size == 32, f"update_public_key has {size} bytes, wanted 32")
 
 
+def check_enrolled(reply: pb.EnrollReply) -> None:
+    """A server's admission; the certificate is the caller's to verify."""
+    check_client_id(reply.client_id)
+    size = len(reply.signer_public_key)
+    _want(size == 32, f"signer_public_key has {size} bytes, wanted 32")
+    _text("federation_id", reply.federation_id, MAX_NAME_BYTES)
+
+
 def check_hello(hello: pb.Hello) -> None:
     """What a device says of itself at the start of a session."""
     _version(hello.fedge_version)
@@ -258,9 +266,25 @@ def check_upload(header: pb.UploadHeader, client_id: str, max_bytes: int) -> Non
     _want(len(header.signature) == 64, f"signature has {len(header.signature)} bytes, wanted 64")
 
 
+def check_welcome(welcome: pb.Welcome) -> None:
+    """A server's greeting."""
+    check_client_id(welcome.client_id)
+    if welcome.bundle_digest:
+        check_digest("bundle", welcome.bundle_digest)
+
+
 def one_line(text: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
-    """``text`` without line breaks, cut so that it passes the checks above."""
-    return " ".join(text.split()).encode()[:max_bytes].decode(errors="ignore")
+    """``text`` on one printable line, cut so that it passes the checks above."""
+    line = printable(" ".join(text.split()))
+    return line.encode(errors="replace")[:max_bytes].decode(errors="ignore")
+
+
+def printable(text: str) -> str:
+    """``text`` with ``?`` for what a terminal would obey instead of showing; line ends stay.
+
+    Whatever the other side wrote passes here on its way to a screen or a log.
+    """
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
 
 
 def _mode(mode: int) -> None:
@@ -274,6 +298,7 @@ def _version(text: str) -> None:
 def _text(what: str, text: str, max_bytes: int) -> None:
     size = len(text.encode())
     _want(size <= max_bytes, f"{what} has {size} bytes; at most {max_bytes}")
+    _want(text.isprintable(), f"{what} {text[:80]!r} holds control characters")
 
 
 def _size(what: str, data: bytes, max_bytes: int) -> None:

@@ -116,7 +116,7 @@ class Token:
                 expires_s=float(body["exp"]) if "exp" in body else None,
             )
             x509.load_der_x509_certificate(token.ca_der)
-        except (ValueError, KeyError, TypeError, RecursionError) as exc:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as exc:
             raise ConfigError(
                 "the token is damaged: copy the whole line the server printed"
             ) from exc

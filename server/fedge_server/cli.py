@@ -15,6 +15,7 @@ from typing import Any
 
 import fedge
 from fedge.errors import FedgeError
+from fedge.wire.serde import printable
 
 _COMMANDS = ("cli_start", "cli_model", "cli_fleet", "demo")
 
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FedgeError as exc:
         if args.verbose:
             logging.exception("failed")
-        print(f"fedge-server: {exc}", file=sys.stderr)
+        print(f"fedge-server: {printable(str(exc))}", file=sys.stderr)
         return exc.exit_code
     except KeyboardInterrupt:
         return 130

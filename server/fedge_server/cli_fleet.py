@@ -11,6 +11,7 @@ from typing import Any
 
 from fedge.errors import ConfigError, StateError
 from fedge.platform import exclusive
+from fedge.wire.serde import printable
 from fedge_server import cli
 from fedge_server import state as states
 from fedge_server.config import PORT
@@ -224,7 +225,10 @@ def _show(rows: list[dict[str, Any]], as_json: bool, columns: tuple[str, ...]) -
     if as_json:
         print(json.dumps(rows))
         return
-    table = [columns, *(tuple(str(r[c]) for c in columns) for r in rows)]
+    table = [
+        columns,
+        *(tuple(printable(str(r[c])).replace("\n", "?") for c in columns) for r in rows),
+    ]
     widths = [max(len(row[i]) for row in table) for i in range(len(columns))]
     for row in table:
         print(

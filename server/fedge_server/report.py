@@ -10,6 +10,7 @@ from typing import Any, TextIO
 from fedge import rounds
 from fedge.config import RunConfig
 from fedge.rounds import Event
+from fedge.wire.serde import printable
 
 
 class Reporter:
@@ -34,7 +35,7 @@ class Reporter:
     def say(self, event: str, text: str, **values: object) -> None:
         """Print one event."""
         line = json.dumps({"event": event, **values}) if self._json else text
-        print(line, file=self._out, flush=True)
+        print(printable(line), file=self._out, flush=True)
 
     def observe(self, event: Event) -> None:
         """Follow a run."""
