@@ -104,6 +104,11 @@ class World:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.home = root / "home"
+        self.home.mkdir()
+        self._environ = {**os.environ, "HOME": str(self.home)}
+        for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "FLWR_HOME"):
+            self._environ.pop(name, None)
         self._running: list[subprocess.Popen[bytes]] = []
         self._starts = 0
 
@@ -144,6 +149,7 @@ class World:
             text=True,
             timeout=WAIT_S,
             check=False,
+            env=self._environ,
         )
 
     def close(self) -> None:
@@ -164,6 +170,7 @@ class World:
                 stdin=subprocess.DEVNULL,
                 stdout=handle if stdout is None else stdout,
                 stderr=handle,
+                env=self._environ,
                 start_new_session=True,
             )
         self._running.append(process)
@@ -176,6 +183,8 @@ def world(tmp_path: Path) -> Iterator[World]:
     made = World(tmp_path)
     yield made
     made.close()
+    written = [p for p in made.home.rglob("*") if not p.is_dir()]
+    assert written == [], "a fedge process wrote outside its state folder"
 
 
 @pytest.fixture(scope="session")
