@@ -128,6 +128,7 @@ class Receiver:
         _want(total <= self._max_bytes, f"content of {total} bytes; at most {self._max_bytes}")
         _want(chunk.offset == self.offset, f"chunk at {chunk.offset}, wanted {self.offset}")
         _want(len(chunk.data) <= MAX_CHUNK_BYTES, f"chunk of {len(chunk.data)} bytes")
+        _want(bool(chunk.data) or self.offset == total, "an empty chunk before the end")
         _want(self.offset + len(chunk.data) <= total, "chunk goes beyond the content's end")
         self._handle.write(chunk.data)
         self._hash.update(chunk.data)

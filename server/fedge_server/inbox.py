@@ -126,7 +126,10 @@ class Inbox:
         """Make an update durable, let it through the gate, record it once."""
         task = self._task(node, header.task_id)
         path = self._blobs.update_path(task.task_id, header.digest)
-        receiver.commit(path)
+        try:
+            receiver.commit(path)
+        finally:
+            receiver.discard()
         try:
             with self._gates:
                 update = self._gate(node, task, path)

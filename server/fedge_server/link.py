@@ -10,7 +10,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import Any, TypeAlias
 
 import grpc
@@ -27,6 +28,8 @@ from fedge_server.store import NodeRow, Store, TaskRow
 
 log = logging.getLogger(__name__)
 HELLO_TIMEOUT_S = 30.0
+CHUNK_TIMEOUT_S = 60.0  # between two parts of an upload
+MAX_UPLOADS = 4  # of one device at a time; one, and what broken connections have left
 REVOCATION_POLL_S = 0.5
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -39,8 +42,13 @@ class ClosingError(FedgeError):
     """The server is shutting down."""
 
 
+class BusyError(FedgeError):
+    """The device asks for too much at a time."""
+
+
 _CODES: tuple[tuple[type[FedgeError], grpc.StatusCode], ...] = (
     (ClosingError, grpc.StatusCode.UNAVAILABLE),
+    (BusyError, grpc.StatusCode.UNAVAILABLE),
     (TakenError, grpc.StatusCode.ALREADY_EXISTS),
     (ForeignError, grpc.StatusCode.PERMISSION_DENIED),
     (UnknownError, grpc.StatusCode.NOT_FOUND),
@@ -91,6 +99,7 @@ class Link(rpc.LinkServicer):
         self._fleet, self._store, self._registry = fleet, store, registry
         self._inbox, self._on_answer = inbox, on_answer
         self._sessions: dict[str, _Session] = {}
+        self._uploads: Counter[str] = Counter()
         self._loop = asyncio.get_running_loop()
 
     def wake(self, client_ids: Iterable[str] | None = None) -> None:
@@ -156,11 +165,12 @@ class Link(rpc.LinkServicer):
                 raise ForeignError(
                     f"device {node.client_id} is in personal mode: it uploads nothing"
                 )
-            part = await context.read()
-            if part is grpc.aio.EOF or part.WhichOneof("part") != "header":
-                raise LinkError("broken message: an upload begins with its header")
-            reply = self._inbox.known(node, part.header)
-            return reply or await self._take(peer, node, part.header, context)
+            with self._uploading(node.client_id):
+                part = await _next_part(context)
+                if part is None or part.WhichOneof("part") != "header":
+                    raise LinkError("broken message: an upload begins with its header")
+                reply = self._inbox.known(node, part.header)
+                return reply or await self._take(peer, node, part.header, context)
 
     # -- inside -------------------------------------------------------------------------------
 
@@ -169,17 +179,32 @@ class Link(rpc.LinkServicer):
     ) -> pb.UploadReply:
         receiver = self._inbox.begin(node, header)
         try:
-            while (part := await context.read()) is not grpc.aio.EOF:
+            while (part := await _next_part(context)) is not None:
                 if part.WhichOneof("part") != "chunk":
                     raise LinkError("broken message: chunks follow the header")
                 receiver.add(part.chunk)
             self._fleet.admit(peer, time.time())  # may have been revoked meanwhile
-            reply = await asyncio.to_thread(self._inbox.finish, node, header, receiver)
-        finally:
+        except BaseException:
             receiver.discard()
+            raise
+        # From here on the file is the inbox's: a device that hangs up must not close it.
+        finish = asyncio.to_thread(self._inbox.finish, node, header, receiver)
+        reply = await asyncio.shield(finish)
         self._on_answer()
         self._wake([node.client_id])
         return reply
+
+    @contextlib.contextmanager
+    def _uploading(self, client_id: str) -> Iterator[None]:
+        """Count a device's uploads, so that one device cannot fill the disk with halves of them."""
+        if self._uploads[client_id] >= MAX_UPLOADS:
+            raise BusyError(f"{client_id} has {MAX_UPLOADS} uploads under way; try again")
+        self._uploads[client_id] += 1
+        try:
+            yield
+        finally:
+            self._uploads[client_id] -= 1
+            self._uploads += Counter()  # forgets those at 0
 
     async def _converse(self, session: _Session, peer: Peer, context: Context) -> None:
         jobs = {
@@ -347,6 +372,13 @@ async def listen(link: Link, fleet: Fleet, keys: Pki, address: str) -> tuple[grp
     except RuntimeError as exc:
         raise LinkError(f"cannot listen on {address}: is the port taken? use --port") from exc
     return server, port
+
+
+async def _next_part(context: Context) -> pb.UploadPart | None:
+    """The next part of an upload; None at its end."""
+    async with asyncio.timeout(CHUNK_TIMEOUT_S):
+        part = await context.read()
+    return None if part is grpc.aio.EOF else part
 
 
 def _task(row: TaskRow) -> pb.Task:

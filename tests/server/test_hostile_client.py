@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
@@ -14,9 +17,10 @@ from fedge.flower import messages
 from fedge.flower.grid import node_id_of
 from fedge.flower.identity import ensure_identity
 from fedge.flower.replies import Task, judge_scores, judge_train
+from fedge.platform import commit_file
 from fedge.wire import serde
 from fedge.wire.v1 import link_pb2 as pb
-from fedge_server import cli_fleet
+from fedge_server import cli_fleet, link
 from fedge_server.report import Reporter
 
 BASE = {"weight": np.zeros((1, 30), np.float32), "bias": np.zeros(1, np.float32)}
@@ -81,3 +85,86 @@ def test_nothing_a_device_says_commands_the_terminal(capsys: pytest.CaptureFixtu
     assert "owned" in shown
     assert shown.replace("\n", "").isprintable()
     assert shown.count("\n") == 3
+
+
+def test_an_upload_that_stalls_is_ended_and_leaves_nothing(
+    served: Any, device: Any, task: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link, "CHUNK_TIMEOUT_S", 0.2)
+    one, work = device(), task("clinic-1")
+    header, _ = one.parts(work.task_id, one.update(work))
+    stall = threading.Event()
+
+    def parts(*first: pb.UploadPart) -> Iterator[pb.UploadPart]:
+        yield from first
+        stall.wait(10)
+
+    for first in ((), (header,)):
+        with pytest.raises(grpc.RpcError) as failure:
+            one.link()._stub.Upload(parts(*first), timeout=5)
+        assert failure.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        assert "silent" in (failure.value.details() or "")
+    stall.set()
+    assert not list((served.state.path / "blobs" / "tmp").iterdir())
+
+
+def test_a_device_has_few_uploads_at_a_time(served: Any, device: Any, task: Any) -> None:
+    one, work = device(), task("clinic-1")
+    parts = one.parts(work.task_id, one.update(work))
+    stall, stub = threading.Event(), one.link()._stub
+
+    def stalled() -> Iterator[pb.UploadPart]:
+        yield parts[0]
+        stall.wait(10)
+
+    waiting = [stub.Upload.future(stalled(), timeout=10) for _ in range(link.MAX_UPLOADS)]
+    until(lambda: served.link._uploads["clinic-1"] == link.MAX_UPLOADS)
+    with pytest.raises(grpc.RpcError) as failure:
+        stub.Upload(iter(parts), timeout=5)
+    assert failure.value.code() == grpc.StatusCode.UNAVAILABLE
+    for call in waiting:
+        call.cancel()
+    stall.set()
+    until(lambda: not served.link._uploads)
+    assert stub.Upload(iter(parts), timeout=5).verdict == pb.VERDICT_ACCEPTED
+
+
+def test_hanging_up_while_an_update_is_recorded_does_not_lose_it(
+    served: Any, device: Any, task: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrived = threading.Event()
+
+    def slow(*args: Any) -> None:
+        arrived.set()
+        time.sleep(0.5)
+        commit_file(*args)
+
+    monkeypatch.setattr(serde, "commit_file", slow)
+    one, work = device(), task("clinic-1")
+    data = one.update(work)
+    call = one.link()._stub.Upload.future(iter(one.parts(work.task_id, data)))
+    assert arrived.wait(5)
+    call.cancel()
+    until(lambda: served.state.store.result(work.task_id) is not None)
+    path = served.state.blobs.update_path(
+        work.task_id, served.state.store.result(work.task_id).digest
+    )
+    assert path.read_bytes() == data
+    assert not list((served.state.path / "blobs" / "tmp").iterdir())
+
+
+def test_empty_chunks_do_not_keep_an_upload_open(device: Any, task: Any) -> None:
+    one, work = device(), task("clinic-1")
+    data = one.update(work)
+    empty = pb.UploadPart(chunk=pb.Chunk(offset=0, total_bytes=len(data)))
+    with pytest.raises(grpc.RpcError) as failure:
+        one.link().upload(one.parts(work.task_id, data)[0], empty)
+    assert failure.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "empty" in (failure.value.details() or "")
+
+
+def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
