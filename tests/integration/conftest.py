@@ -100,10 +100,15 @@ class Client:
 
 
 class World:
-    """Starts servers and clients under one folder, and ends them all."""
+    """Starts servers and clients under one folder, and ends them all.
+
+    Attributes:
+        pythons: How the Python of a named client is started, where it is not this one.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.pythons: dict[str, list[str]] = {}
         self.home = root / "home"
         self.home.mkdir()
         self._environ = {**os.environ, "HOME": str(self.home)}
@@ -116,8 +121,9 @@ class World:
         """Start (or start again) a server."""
         self._starts += 1
         log = self.root / f"{state}-{self._starts}.log"
-        command = ["-m", "fedge_server", "start", *args, "--host", "127.0.0.1", "--port", str(port)]
-        command += ["--json", "--state", str(self.root / state)]
+        command = [sys.executable, "-m", "fedge_server", "start", *args]
+        command += ["--host", "127.0.0.1", "--port", str(port), "--json"]
+        command += ["--state", str(self.root / state)]
         process = self._start(command, log, stdout=subprocess.PIPE)
         server = Server(process, log)
         server.wait_for("ready")
@@ -132,19 +138,19 @@ class World:
     def client(self, name: str, *args: str) -> Client:
         """Start a client command on the state folder of ``name``."""
         state, log = self.root / name, self.root / f"{name}.log"
-        process = self._start(["-m", "fedge_client", *args, "--state", str(state)], log)
+        process = self._start([*self._client(name), *args, "--state", str(state)], log)
         return Client(name, state, log, process)
 
     def script(self, path: Path, name: str, *args: str) -> Client:
         """Start a Python file that runs a client command on the state folder of ``name``."""
         state, log = self.root / name, self.root / f"{name}.log"
-        process = self._start([str(path), *args, "--state", str(state)], log)
+        process = self._start([sys.executable, str(path), *args, "--state", str(state)], log)
         return Client(name, state, log, process)
 
     def command(self, name: str, *args: str) -> subprocess.CompletedProcess[str]:
         """Run a client command to its end."""
         return subprocess.run(
-            [sys.executable, "-m", "fedge_client", *args, "--state", str(self.root / name)],
+            [*self._client(name), *args, "--state", str(self.root / name)],
             capture_output=True,
             text=True,
             timeout=WAIT_S,
@@ -161,12 +167,15 @@ class World:
             if process.stdout is not None:
                 process.stdout.close()
 
+    def _client(self, name: str) -> list[str]:
+        return [*self.pythons.get(name, [sys.executable]), "-m", "fedge_client"]
+
     def _start(
         self, command: list[str], log: Path, stdout: int | None = None
     ) -> subprocess.Popen[bytes]:
         with log.open("ab") as handle:
             process = subprocess.Popen(
-                [sys.executable, *command],
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=handle if stdout is None else stdout,
                 stderr=handle,
