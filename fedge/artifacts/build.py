@@ -62,7 +62,8 @@ def build(
     """Make a bundle: training, gradient, evaluation and inference graphs, params, manifest.
 
     Args:
-        model: An ONNX model (path, bytes or ModelProto; no torch needed) or ``torch.nn.Module``.
+        model: An ONNX model (path, bytes or ModelProto; no torch needed) or ``torch.nn.Module``,
+            taken in the mode it is in: ``.eval()`` turns Dropout off and freezes BatchNorm.
         loss: ``cross_entropy`` (output [N, classes]), ``bce_with_logits`` or ``mse``, of the first
             output; a mean over the batch.
         optimizer: ``"sgd"``, ``"adamw"``, or one with settings, such as

@@ -106,7 +106,7 @@ def _handle_run(_: dict[str, Any], blobs: list[bytes]) -> Frame:
     if any(a.tobytes() != b.tobytes() for a, b in zip(outputs, again, strict=True)):
         raise ArtifactError(
             "the model is random in training (Dropout?), so engines cannot be compared on it; "
-            "remove what draws random numbers, or set its ratio to 0"
+            "remove what draws random numbers, set its ratio to 0, or switch it off with .eval()"
         )
     return {"onnxruntime": onnxruntime.__version__}, [
         tensors.dump(dict(zip(names, outputs, strict=True)))

@@ -1,8 +1,8 @@
 """From ``torch.nn.Module`` to an ONNX model with its parameters under their own names.
 
-The one place that imports torch. Only the TorchScript exporter (``dynamo=False``) in training
-mode without constant folding keeps every parameter as an initializer; the newer one folds weights
-into constants and merges equal ones, silently. So the result is compared with the module.
+The one place that imports torch. Only the TorchScript exporter (``dynamo=False``), told to keep the
+module's mode and to fold no constants, keeps every parameter as an initializer; the newer one folds
+weights into constants and merges equal ones, silently. So the result is compared with the module.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def export_module(module: Any, sample: Any) -> Exported:  # noqa: ANN401 - torch
     """Trace a module.
 
     Args:
-        module: A ``torch.nn.Module``; it is copied, not changed.
+        module: A ``torch.nn.Module``; it is copied, not changed, and taken in the mode it is in:
+            after ``.eval()``, whole or in part, Dropout is off and BatchNorm is frozen.
         sample: At least one row of each input: a tensor or array, a sequence of them in
             ``forward``'s order, or a mapping by ``forward``'s argument names.
 
@@ -77,14 +78,16 @@ def export_module(module: Any, sample: Any) -> Exported:  # noqa: ANN401 - torch
             tuple(rows),
             target,
             dynamo=False,
-            training=torch.onnx.TrainingMode.TRAINING,
+            training=torch.onnx.TrainingMode.PRESERVE,
             do_constant_folding=False,
+            keep_initializers_as_inputs=True,  # else it merges params of equal value in eval mode
             opset_version=OPSET,
             input_names=names,
             output_names=outputs,
             dynamic_axes={n: {0: BATCH} for n in [*names, *outputs]},
         )
     model = onnx.load_model_from_string(target.getvalue())
+    _initializers_once(module, model.graph)
     params, trainable = _check_params(module, model)
     arrays = {n: r.numpy() for n, r in zip(names, rows, strict=True)}
     return Exported(model, params, trainable, arrays, str(torch.__version__))
@@ -131,7 +134,6 @@ def _two_rows(torch: Any, value: Any) -> Any:  # noqa: ANN401
 
 
 def _output_names(torch: Any, module: Any, rows: Sequence[Any]) -> list[str]:  # noqa: ANN401
-    module.train()
     try:
         with torch.no_grad():
             found = copy.deepcopy(module)(*rows)
@@ -140,6 +142,25 @@ def _output_names(torch: Any, module: Any, rows: Sequence[Any]) -> list[str]:  #
     if isinstance(found, torch.Tensor):
         return ["output"]
     return [f"output_{i}" for i in range(len(found))]
+
+
+def _initializers_once(module: Any, graph: onnx.GraphProto) -> None:  # noqa: ANN401
+    """Initializers are no inputs; a parameter with several names goes by its first one."""
+    first: dict[int, str] = {}
+    names = {
+        n: first.setdefault(id(p), n) for n, p in module.named_parameters(remove_duplicate=False)
+    }
+    for node in graph.node:
+        node.input[:] = [names.get(n, n) for n in node.input]
+    stored = {t.name: t for t in graph.initializer}
+    kept = {n: names.get(n, n) for n in stored}
+    inputs = [i for i in graph.input if i.name not in stored]
+    del graph.input[:], graph.initializer[:]
+    graph.input.extend(inputs)
+    for old, new in kept.items():
+        if new not in {t.name for t in graph.initializer}:
+            stored[old].name = new
+            graph.initializer.append(stored[old])
 
 
 def _check_params(module: Any, model: onnx.ModelProto) -> tuple[tuple[str, ...], tuple[str, ...]]:  # noqa: ANN401

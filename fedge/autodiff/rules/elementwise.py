@@ -189,7 +189,7 @@ def where(op: Ops, node: ir.Node, dy: Value) -> Gradients:
 
 
 @vjp_rule("Dropout")
-def dropout(op: Ops, node: ir.Node, dy: Value) -> Gradients:
+def dropout(op: Ops, node: ir.Node, dy: Value, _mask: Value | None = None) -> Gradients:
     """y = x · mask / (1 − ratio) in training mode, else x."""
     if len(node.inputs) < 3 or node.inputs[2] is None:
         return dy

@@ -51,6 +51,38 @@ def test_parameters_keep_their_names_and_values() -> None:
         np.testing.assert_array_equal(stored[name], tensor.detach().numpy())
 
 
+def _modes(module: nn.Module, sample: torch.Tensor) -> list[str]:
+    """Operators of an export that do something else in training."""
+    nodes = export_module(module, sample).model.graph.node
+    training = [any(a.name == "training_mode" and a.i for a in n.attribute) for n in nodes]
+    return [n.op_type for n, t in zip(nodes, training, strict=True) if t or n.op_type == "Dropout"]
+
+
+def test_the_mode_of_each_layer_is_kept() -> None:
+    module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Dropout(0.5))
+    sample = torch.zeros(2, 1, 8, 8)
+    assert _modes(module, sample) == ["BatchNormalization", "Dropout"]
+    module[1].eval()
+    assert _modes(module, sample) == ["Dropout"]
+    assert _modes(module.eval(), sample) == []
+    exported = export_module(module, sample)
+    assert exported.trainable == ("0.weight", "0.bias", "1.weight", "1.bias")
+    assert exported.params[4:] == ("1.running_mean", "1.running_var")
+    assert not module.training
+
+
+def test_params_of_equal_value_stay_apart_and_tied_ones_together() -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)).eval()
+    for layer in module[:2]:
+        nn.init.ones_(layer.weight)
+    module[2].weight = module[0].weight
+    exported = export_module(module, torch.zeros(2, 4))
+    assert exported.params == ("0.weight", "0.bias", "1.weight", "1.bias", "2.bias")
+    used = [n.input[1] for n in exported.model.graph.node if n.op_type == "Gemm"]
+    assert used == ["0.weight", "1.weight", "0.weight"]
+    assert [i.name for i in exported.model.graph.input] == ["x"]
+
+
 @pytest.mark.parametrize("rows", [1, 2, 5])
 def test_any_batch_runs_whatever_the_sample_had(rows: int) -> None:
     module = Views()
