@@ -2,13 +2,93 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import tomllib
-from dataclasses import MISSING, Field, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from fedge.errors import ConfigError
+
+# What a task may set for one round of one client; everything else is the bundle's.
+OVERRIDES = ("lr", "batch_size", "epochs", "steps", "clip_norm", "accumulate", "proximal_mu")
+SCHEDULES = ("constant", "linear", "cosine", "step")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A factor on the learning rate that depends on the position: a step, or a round, from 0.
+
+    First ``warmup`` positions rise evenly to 1: (t + 1)/warmup. What follows goes by ``name``,
+    with u from 0 to 1 over the rest of ``length``: ``linear`` is 1 − (1 − floor)·u, ``cosine`` is
+    floor + (1 − floor)·(1 + cos πu)/2 (Loshchilov & Hutter 2017, arXiv 1608.03983, no restarts),
+    ``step`` multiplies by ``gamma`` after every ``every`` positions. After ``length`` it stays.
+
+    Attributes:
+        name: One of ``SCHEDULES``.
+        warmup: Positions of the rise.
+        length: Positions in all; None: the steps of the round.
+        floor: The smallest factor of ``linear`` and ``cosine``.
+        every: For ``step``: positions between two drops.
+        gamma: For ``step``: factor of one drop.
+
+    Raises:
+        ConfigError: If a value is out of range.
+    """
+
+    name: str = "constant"
+    warmup: int = 0
+    length: int | None = None
+    floor: float = 0.0
+    every: int = 1
+    gamma: float = 0.1
+
+    def __post_init__(self) -> None:
+        _require(self.name in SCHEDULES, f"schedule {self.name!r}; known: {', '.join(SCHEDULES)}")
+        _at_least("warmup", self.warmup, 0)
+        _at_least("every", self.every, 1)
+        _require(0 <= self.floor <= 1, f"floor is {self.floor}; wanted 0 to 1")
+        _positive("gamma", self.gamma)
+        if self.length is not None:
+            _at_least("length", self.length, 1)
+
+    @classmethod
+    def of(cls, given: Schedule | str | Mapping[str, Any]) -> Schedule:
+        """A schedule from its name, from plain values, or as it is.
+
+        Raises:
+            ConfigError: If it is none.
+        """
+        if isinstance(given, Schedule):
+            return given
+        if isinstance(given, str):
+            given = {"name": given}
+        _require(isinstance(given, Mapping), f"schedule is {given!r}; wanted a name or a table")
+        return from_mapping(cls, dict(given), "schedule")
+
+    @property
+    def ends(self) -> bool:
+        """Whether it knows its own length, or needs none."""
+        return self.length is not None or self.name in ("constant", "step")
+
+    def factor(self, position: int, total: int = 1) -> float:
+        """The factor at a position.
+
+        Args:
+            position: From 0.
+            total: Positions in all, where ``length`` does not say so.
+        """
+        if position < self.warmup:
+            return (position + 1) / self.warmup
+        after = position - self.warmup
+        if self.name == "step":
+            return float(self.gamma ** (after // self.every))
+        length = max((self.length or total) - self.warmup, 1)
+        done = min(after / length, 1.0)
+        left = {"linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}
+        return self.floor + (1.0 - self.floor) * left.get(self.name, 1.0)
 
 
 @dataclass(frozen=True)
@@ -21,6 +101,14 @@ class TrainConfig:
         epochs: Passes over the local rows. Exclusive with ``steps``.
         steps: Optimizer steps, reshuffling after each pass. Exclusive with ``epochs``.
         shuffle: Whether the row order is drawn anew for each pass.
+        clip_norm: Largest ‖gradient‖₂ over all trained tensors together; a longer one is scaled
+            down to it, as ``torch.nn.utils.clip_grad_norm_`` does. None: as long as it is.
+        accumulate: Pieces a batch is cut into, whose gradients are averaged by their rows: about
+            the same step in less memory.
+        proximal_mu: FedProx's μ: adds μ/2·‖w − w₀‖² to the loss, w₀ being the round's shared
+            params (T. Li et al., MLSys 2020, arXiv 1812.06127). The reported loss is without it.
+        schedule: Of the learning rate over the steps of one round.
+        round_schedule: Of the learning rate over rounds; multiplies with ``schedule``.
 
     Raises:
         ConfigError: If a value is out of range, or both or neither of epochs and steps are given.
@@ -31,6 +119,11 @@ class TrainConfig:
     epochs: int | None = None
     steps: int | None = None
     shuffle: bool = True
+    clip_norm: float | None = None
+    accumulate: int = 1
+    proximal_mu: float = 0.0
+    schedule: Schedule = field(default_factory=Schedule)
+    round_schedule: Schedule = field(default_factory=Schedule)
 
     def __post_init__(self) -> None:
         if self.epochs is None and self.steps is None:
@@ -44,6 +137,45 @@ class TrainConfig:
         for name in ("epochs", "steps"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
+        self._check_step()
+
+    def _check_step(self) -> None:
+        if self.clip_norm is not None:
+            _positive("clip_norm", self.clip_norm)
+        _at_least("accumulate", self.accumulate, 1)
+        _not_negative("proximal_mu", self.proximal_mu)
+        for name in ("schedule", "round_schedule"):
+            object.__setattr__(self, name, Schedule.of(getattr(self, name)))
+        _require(
+            self.round_schedule.ends,
+            f"round_schedule {self.round_schedule.name} needs its length in rounds",
+        )
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a step is the optimizer's alone: no clipping, cutting or proximal term."""
+        return self.clip_norm is None and self.accumulate == 1 and self.proximal_mu == 0
+
+    def for_round(self, round_num: int) -> TrainConfig:
+        """These settings as round ``round_num`` (from 1) has them: its own learning rate."""
+        if self.round_schedule == Schedule():
+            return self
+        lr = max(self.lr * self.round_schedule.factor(round_num - 1), sys.float_info.min)
+        return self.replace(lr=lr, round_schedule=Schedule())
+
+    def override(self, task: Mapping[str, Any]) -> TrainConfig:
+        """A copy with what a task asks for: the names in ``OVERRIDES``; ``seed`` is no setting.
+
+        Raises:
+            ConfigError: For another name, or a value out of range.
+        """
+        asked = {n: v for n, v in task.items() if n != "seed"}
+        unknown = sorted(set(asked) - set(OVERRIDES))
+        _require(
+            not unknown,
+            f"a task asks for {', '.join(unknown)}; clients know seed, {', '.join(OVERRIDES)}",
+        )
+        return self.replace(**asked)
 
     def replace(self, **changes: Any) -> TrainConfig:  # noqa: ANN401 - field values
         """A copy with some fields changed; setting ``steps`` clears ``epochs`` and the reverse."""
@@ -176,6 +308,11 @@ def _require(ok: bool, message: str) -> None:
 def _positive(name: str, value: float) -> None:
     ok = 0 < value <= sys.float_info.max
     _require(ok, f"{name} is {value}; it must be above 0 and finite")
+
+
+def _not_negative(name: str, value: float) -> None:
+    ok = 0 <= value <= sys.float_info.max
+    _require(ok, f"{name} is {value}; it must be finite and not below 0")
 
 
 def _at_least(name: str, value: int, least: int) -> None:

@@ -80,13 +80,18 @@ class ParamSpec:
 
 @dataclass(frozen=True)
 class LabelSpec:
-    """The label input: ``low``/``high`` bound valid values (both inclusive; None = no bound)."""
+    """The label input.
+
+    ``low``/``high`` bound valid values (both inclusive; None = no bound); a label ``ignore`` is
+    valid whatever the bounds and does not count.
+    """
 
     name: str
     dtype: str
     shape: tuple[int | str, ...]
     low: float | None = None
     high: float | None = None
+    ignore: int | None = None
 
 
 @dataclass(frozen=True)

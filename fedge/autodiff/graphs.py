@@ -9,13 +9,21 @@ import onnx
 import onnx_ir as ir
 
 from fedge.artifacts.manifest import LabelSpec, Optimizer, TensorSpec
-from fedge.autodiff.losses import Pullback, find_loss, label_input
+from fedge.autodiff.losses import (
+    Written,
+    extra_specs,
+    label_spec,
+    loss_model,
+    scoring_loss,
+    write_loss,
+)
 from fedge.autodiff.ops import Value, shape_of
-from fedge.autodiff.optimizers import Updates, apply_optimizer, settings_of
+from fedge.autodiff.optimizers import GivenGradients, Updates, apply_optimizer, settings_of
 from fedge.autodiff.prepare import Forward, finish, load, normalize
 from fedge.autodiff.reverse import backward
 from fedge.autodiff.rewrite import inference_mode, relu_after_pooling
 from fedge.errors import ArtifactError
+from fedge.losses import Loss, LossLike, find_loss
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,10 @@ class TrainingGraphs:
         inputs: The model's own inputs.
         outputs: The model's outputs; the loss looks at the first.
         labels: The label input.
+        extras: What ``step`` and ``grad`` ask for beside inputs and labels.
+        update: lr, ``X@grad``, params, state (and what clipping and a proximal term need) ->
+            ``X@next``: the optimizer alone, for steps that do more to a gradient.
+        loss: The loss alone, of the model's outputs.
     """
 
     step: onnx.ModelProto
@@ -41,6 +53,9 @@ class TrainingGraphs:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     labels: LabelSpec
+    extras: tuple[TensorSpec, ...]
+    update: onnx.ModelProto
+    loss: onnx.ModelProto
 
 
 def training_graphs(
@@ -48,8 +63,9 @@ def training_graphs(
     *,
     params: Sequence[str],
     trainable: Sequence[str],
-    loss: str,
+    loss: LossLike,
     optimizer: Optimizer,
+    proximal: Sequence[str] = (),
 ) -> TrainingGraphs:
     """Differentiate a model.
 
@@ -57,9 +73,10 @@ def training_graphs(
         model: Opset 13 to 21; the first dimension of its inputs is the batch, symbolic.
         params: Initializers that become graph inputs; other initializers stay constants.
         trainable: Those of ``params`` a step changes.
-        loss: ``bce_with_logits``, ``cross_entropy`` or ``mse``, of the first output.
+        loss: One of :mod:`fedge.losses`, of the first output.
         optimizer: ``sgd`` (momentum, nesterov, weight_decay) or ``adamw`` (beta1, beta2, eps,
             weight_decay).
+        proximal: Those of ``trainable`` that a proximal term may hold back.
 
     Raises:
         ArtifactError: If the model does not fit: opset, names, shapes, missing params.
@@ -68,7 +85,8 @@ def training_graphs(
         ConfigError: If loss or optimizer are unknown or do not fit the output.
     """
     settings_of(optimizer)
-    plan = _Plan(normalize(model), tuple(params), tuple(trainable), loss, optimizer)
+    model, kind = normalize(model), find_loss(loss)
+    plan = _Plan(model, tuple(params), tuple(trainable), kind, optimizer)
     forward = plan.load()
     step, state = plan.step()
     return TrainingGraphs(
@@ -79,7 +97,10 @@ def training_graphs(
         state=state,
         inputs=tuple(_spec(v) for v in forward.inputs),
         outputs=tuple(_spec(v) for v in forward.graph.outputs),
-        labels=find_loss(loss).labels(forward.graph.outputs[0]),
+        labels=label_spec(kind, forward),
+        extras=extra_specs(kind, forward),
+        update=plan.update(proximal),
+        loss=loss_model(kind, forward),
     )
 
 
@@ -90,7 +111,7 @@ class _Plan:
     model: onnx.ModelProto
     params: tuple[str, ...]
     trainable: tuple[str, ...]
-    loss: str
+    loss: Loss
     optimizer: Optimizer
 
     def load(self) -> Forward:
@@ -107,45 +128,48 @@ class _Plan:
     def evaluate(self) -> onnx.ModelProto:
         forward = self.load()
         inference_mode(forward)
-        labels, loss, _ = self._loss(forward)
-        outputs = {"loss": loss, **_outputs(forward)}
-        return finish(forward, self._inputs(forward, labels), outputs)
+        outputs = _outputs(forward)
+        written = write_loss(forward, scoring_loss(self.loss))
+        inputs = self._inputs(forward, written)
+        return finish(forward, inputs, {"loss": written.value, **outputs})
 
     def grad(self) -> onnx.ModelProto:
-        forward, labels, loss, gradients = self._training()
+        forward, written, gradients = self._training()
         found = gradients(forward.op.value(1.0))
-        outputs = {"loss": loss, **{f"{n}@grad": g for n, g in found.items()}}
-        return finish(forward, self._inputs(forward, labels), outputs)
+        outputs = {"loss": written.value, **{f"{n}@grad": g for n, g in found.items()}}
+        return finish(forward, self._inputs(forward, written), outputs)
 
     def step(self) -> tuple[onnx.ModelProto, tuple[TensorSpec, ...]]:
-        forward, labels, loss, gradients = self._training()
-        lr = ir.val("lr", dtype=ir.DataType.FLOAT, shape=ir.Shape(()))
-        up = Updates(forward.op, {n: forward.params[n] for n in self.trainable}, lr)
+        forward, written, gradients = self._training()
+        up = self._updates(forward)
         apply_optimizer(up, self.optimizer, gradients)
-        for name, value in up.next.items():
-            value.shape = {**up.state, **up.params}[name].shape
-            value.dtype = ir.DataType.FLOAT
-        outputs = {"loss": loss, **{f"{n}@next": v for n, v in up.next.items()}}
-        inputs = [*forward.inputs, labels, lr, *forward.params.values(), *up.state.values()]
-        return finish(forward, inputs, outputs), tuple(_spec(v) for v in up.state.values())
+        outputs = {"loss": written.value, **up.outputs()}
+        inputs = [*forward.inputs, *written.inputs, up.lr, *forward.params.values()]
+        model = finish(forward, [*inputs, *up.state.values()], outputs)
+        return model, tuple(_spec(v) for v in up.state.values())
 
-    def _training(self) -> tuple[Forward, Value, Value, _Gradients]:
+    def update(self, proximal: Sequence[str]) -> onnx.ModelProto:
+        forward = self.load()
+        up = self._updates(forward)
+        given = GivenGradients(up, proximal)
+        apply_optimizer(up, self.optimizer, given)
+        inputs = [up.lr, *given.inputs, *up.params.values(), *up.state.values()]
+        return finish(forward, inputs, up.outputs())
+
+    def _updates(self, forward: Forward) -> Updates:
+        lr = ir.val("lr", dtype=ir.DataType.FLOAT, shape=ir.Shape(()))
+        return Updates(forward.op, {n: forward.params[n] for n in self.trainable}, lr)
+
+    def _training(self) -> tuple[Forward, Written, _Gradients]:
         forward = self.load()
         relu_after_pooling(forward)
+        written = write_loss(forward, self.loss)
         nodes = list(forward.graph)
-        labels, loss, pullback = self._loss(forward)
-        return forward, labels, loss, _Gradients(forward, nodes, self.trainable, pullback)
-
-    def _loss(self, forward: Forward) -> tuple[Value, Value, Pullback]:
-        kind, output = find_loss(self.loss), forward.graph.outputs[0]
-        labels = label_input(kind.labels(output))
-        loss, pullback = kind.build(forward.op, output, labels)
-        loss.shape, loss.dtype = ir.Shape(()), ir.DataType.FLOAT
-        return labels, loss, pullback
+        return forward, written, _Gradients(forward, nodes, self.trainable, written)
 
     @staticmethod
-    def _inputs(forward: Forward, labels: Value) -> list[Value]:
-        return [*forward.inputs, labels, *forward.params.values()]
+    def _inputs(forward: Forward, written: Written) -> list[Value]:
+        return [*forward.inputs, *written.inputs, *forward.params.values()]
 
 
 @dataclass(frozen=True)
@@ -155,12 +179,11 @@ class _Gradients:
     forward: Forward
     nodes: list[ir.Node]
     trainable: tuple[str, ...]
-    pullback: Pullback
+    written: Written
 
     def __call__(self, seed: Value) -> Mapping[str, Value]:
-        output = self.forward.graph.outputs[0]
         wrt = [self.forward.params[n] for n in self.trainable]
-        found = backward(self.forward.op, self.nodes, {output: self.pullback(seed)}, wrt)
+        found = backward(self.forward.op, self.nodes, self.written.seeds(seed), wrt)
         for value, param in zip(found, wrt, strict=True):
             value.shape, value.dtype = param.shape, param.dtype
         return dict(zip(self.trainable, found, strict=True))

@@ -7,7 +7,7 @@ param: plain SGD asks for lr·g, AdamW for (1 − β₁)·g.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -45,6 +45,47 @@ class Updates:
         shape = self.params[owner].shape if owner in self.params else ir.Shape(())
         self.state[name] = ir.val(name, dtype=ir.DataType.FLOAT, shape=shape)
         return self.state[name]
+
+    def outputs(self) -> dict[str, Value]:
+        """What a step gives: ``X@next`` for every input that changes, with its shape."""
+        for name, value in self.next.items():
+            value.shape, value.dtype = {**self.state, **self.params}[name].shape, ir.DataType.FLOAT
+        return {f"{n}@next": v for n, v in self.next.items()}
+
+
+class GivenGradients:
+    """Gradients that come as graph inputs, with a proximal term added, then clipped together.
+
+    g ← g + μ·(p − p₀) for the params held back (FedProx), then g ← g·min(1, c/(‖g‖ + 1e-6)) over
+    all of them, as ``torch.nn.utils.clip_grad_norm_`` has it; c = ∞ leaves g as it is.
+
+    Attributes:
+        inputs: The graph inputs this takes: ``optimizer@proximal_mu`` and ``optimizer@clip_norm``
+            (rank 0), ``X@grad``, and ``X@base`` (p₀) for each param held back.
+    """
+
+    def __init__(self, up: Updates, proximal: Sequence[str]) -> None:
+        self._op = up.op
+        mu, limit = (_input(f"optimizer@{n}", ir.Shape(())) for n in ("proximal_mu", "clip_norm"))
+        grads = {n: _input(f"{n}@grad", p.shape) for n, p in up.params.items()}
+        bases = {n: _input(f"{n}@base", up.params[n].shape) for n in proximal}
+        self.inputs = [mu, limit, *grads.values(), *bases.values()]
+        for name, base in bases.items():
+            grads[name] = up.op.Add(grads[name], up.op.Mul(up.op.Sub(up.params[name], base), mu))
+        self._grads, self._limit = grads, limit
+
+    def __call__(self, seed: Value) -> Mapping[str, Value]:
+        """The gradients times ``seed``."""
+        op = self._op
+        squares = [op.ReduceSumSquare(g, keepdims=0) for g in self._grads.values()]
+        norm = op.Sqrt(op.Sum(*squares))
+        factor = op.Min(op.Div(self._limit, op.Add(norm, 1e-6)), 1.0)
+        factor = op.Mul(factor, seed)
+        return {n: op.Mul(g, factor) for n, g in self._grads.items()}
+
+
+def _input(name: str, shape: ir.Shape | None) -> Value:
+    return ir.val(name, dtype=ir.DataType.FLOAT, shape=shape)
 
 
 def _sgd(up: Updates, gradients: GradientsBySeed, s: Settings) -> None:
