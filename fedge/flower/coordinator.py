@@ -214,7 +214,7 @@ class Coordinator:
         judge = judge_train(number, None if self._grid.gates_updates else gate)
         replies = Replies(self._grid, tasks, judge)
         before = self._keeper.dump(self._strategy) if self._keeper else b""
-        if len(self._grid.ready(tasks)) >= least:
+        if len(tasks.keys() - self._grid.withdraw(tasks)) >= least:
             with strategy_call("aggregate_train", self._seed("aggregate")):
                 arrays, metrics = self._strategy.aggregate_train(number, replies)
             if arrays is not None and len(replies.rows) >= least:

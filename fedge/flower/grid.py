@@ -100,6 +100,17 @@ class FleetGrid(Grid):
         Unknown ids are ignored.
         """
 
+    def withdraw(self, ids: Iterable[str]) -> set[str]:
+        """Close the tasks that have no answer, before replies are counted; those that have, stay.
+
+        A grid that tells clients what became of their answers must do both in one step: a client
+        that was told "accepted" is counted, one that is not counted is told it came too late.
+
+        Returns:
+            The tasks without an answer.
+        """
+        return set(ids) - self.ready(ids)
+
     def node_id(self, client_id: ClientId) -> int:
         """The node id of a client, connected or not."""
         return node_id_of(client_id)

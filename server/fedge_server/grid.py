@@ -111,6 +111,14 @@ class LinkGrid(FleetGrid):
                     return found
                 self._changed.wait(min(left_s, POLL_S))
 
+    def withdraw(self, ids: Iterable[str]) -> set[str]:
+        """Close what is open, in one transaction: an upload is accepted before it or late."""
+        withdrawn = self._store.cancel_tasks(list(ids))
+        for row in withdrawn:
+            self._messages.pop(row.task_id, None)
+        self.notify([row.client_id for row in withdrawn])
+        return {row.task_id for row in withdrawn}
+
     def cancel(self, ids: Iterable[str]) -> None:
         """Withdraw what is open and forget the updates of what is done."""
         task_ids = list(ids)

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import pytest
 from flwr.app import Message, RecordDict
 
-from fedge import tensors
+from fedge import rounds, tensors
+from fedge.config import RunConfig
 from fedge.errors import StateError
-from fedge.flower import messages
+from fedge.flower import Coordinator, messages
 from fedge.flower.grid import message_id_of, node_id_of
 from fedge.flower.identity import ensure_identity
+from fedge.strategies import FedAvg
 from fedge.wire.v1 import link_pb2 as pb
 from fedge_server.grid import LinkGrid, StoppedError
+from fedge_server.journal import StoreJournal
 
 BASE = {"weight": np.full((1, 30), 2, np.float32), "bias": np.zeros(1, np.float32)}
 GROUP = "run-1/1/train"
+HELLO: dict[str, Any] = {"wire_version": 1, "mode": pb.MODE_FEDERATED, "has_data": True}
 
 
 def instruction(client_id: str, group: str = GROUP, kind: str = "train") -> Message:
@@ -132,6 +137,48 @@ def test_statistics_of_a_broken_device_stop_nobody(served: Any, device: Any, dat
     assert served.grid.wait([task_id], 5) == {task_id}
     (reply,) = served.grid.pull_messages([task_id])
     assert reply.has_error()
+
+
+def test_who_is_not_counted_is_told_so(served: Any, device: Any) -> None:
+    """An update that arrives while the others are being reduced must not be called accepted."""
+    early, late = device("b"), device("a")
+    sessions = {d.name: d.link().session(pb.Hello(**HELLO)) for d in (early, late)}
+    for session in sessions.values():
+        session.next("welcome")
+    verdicts = []
+
+    class Slow(FedAvg):
+        def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Any:
+            result = super().aggregate_train(server_round, replies)
+            task = sessions["a"].next("task")
+            reply = late.link().upload(*late.parts(task.task_id, late.update(task)))
+            verdicts.append(reply.verdict)
+            return result
+
+    def answer() -> None:
+        task = sessions["b"].next("task")
+        early.link().upload(*early.parts(task.task_id, early.update(task)))
+
+    answering = threading.Thread(target=answer)
+    answering.start()
+    bundle = served.state.registry.open(served.state.registry.newest())
+    events: list[rounds.Event] = []
+    Coordinator(
+        served.grid,
+        Slow(),
+        bundle.manifest,
+        RunConfig(rounds=1, min_clients=1, deadline_s=1.5, evaluate=False),
+        "run-1",
+        journal=StoreJournal(served.state.store, served.state.blobs, served.link.wake),
+        initial=bundle.initial_params(),
+        observer=events.append,
+    ).run()
+    answering.join()
+    (commit,) = [e for e in events if isinstance(e, rounds.RoundCommitted)]
+    assert [row["client_id"] for row in commit.rows] == ["b"]
+    assert commit.dropped == {"a": "no reply before the deadline"}
+    assert verdicts == [pb.VERDICT_LATE]
+    assert not list((served.state.path / "blobs" / "updates").iterdir())
 
 
 def test_waiting_ends_with_its_time_or_with_the_server(served: Any, device: Any) -> None:
