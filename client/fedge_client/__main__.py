@@ -2,7 +2,7 @@
 
 import sys
 
-from fedge_client.cli import main
+from fedge_client.start import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import fedge
-from fedge.errors import ConfigError, FedgeError
+from fedge.errors import FedgeError
 from fedge.wire.serde import printable
 from fedge_client import commands
 from fedge_client.config import ENGINES
@@ -31,8 +31,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. Errors are one line on standard error."""
     args = _parser().parse_args(argv)
     try:
-        if sys.platform == "win32":
-            raise ConfigError("fedge-client runs on Linux and macOS; on Windows use it inside WSL")
         return int(args.func(args))
     except FedgeError as exc:
         text = " ".join(str(exc).split())
