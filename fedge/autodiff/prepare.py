@@ -13,10 +13,11 @@ from onnx_ir.passes import common
 from fedge.autodiff import rules  # noqa: F401 - registers the rules
 from fedge.autodiff.ops import Ops, Value
 from fedge.autodiff.registry import has_rule
-from fedge.autodiff.shapes import infer_shapes
+from fedge.autodiff.shapes import Sizes, infer_shapes
+from fedge.autodiff.simplify import simplify
 from fedge.errors import ArtifactError
 
-OPSETS = range(13, 22)
+OPSETS = range(13, 25)
 BASE_OPSET = 17  # older models are converted: ScatterElements with reduction needs 16
 MAX_IR_VERSION = 10
 RESERVED = ("labels", "loss", "lr")
@@ -55,11 +56,15 @@ class Forward:
         return found
 
 
-def normalize(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Convert old opsets, inline functions and expand operators that have a body but no rule.
+def normalize(model: onnx.ModelProto, sizes: Sizes | None = None) -> onnx.ModelProto:
+    """Convert old opsets, inline functions, expand operators that have a body but no rule, fold.
+
+    Args:
+        model: As exported.
+        sizes: As for :func:`~fedge.autodiff.shapes.infer_shapes`.
 
     Raises:
-        ArtifactError: If the opset is out of range.
+        ArtifactError: If the opset is out of range, or the shapes do not fit each other.
     """
     opset = opset_of(model)
     if opset not in OPSETS:
@@ -70,7 +75,7 @@ def normalize(model: onnx.ModelProto) -> onnx.ModelProto:
     if opset < BASE_OPSET:
         model = version_converter.convert_version(model, BASE_OPSET)
     model = inliner.inline_local_functions(model)
-    model = _expand(model)
+    model = simplify(_expand(model), sizes)
     del model.graph.value_info[:]
     model.ir_version = min(model.ir_version, MAX_IR_VERSION)
     return model
@@ -105,13 +110,13 @@ def _fill_defaults(node: onnx.NodeProto, opset: int) -> None:
                 node.attribute.append(attribute.default_value)
 
 
-def load(model: onnx.ModelProto, params: Sequence[str]) -> Forward:
+def load(model: onnx.ModelProto, params: Sequence[str], sizes: Sizes | None = None) -> Forward:
     """Read a normalized model; ``params`` become inputs, other initializers stay constants.
 
     Raises:
         ArtifactError: If a param is no initializer, or a name is one fedge keeps for itself.
     """
-    shapes = infer_shapes(model)
+    shapes = infer_shapes(model, sizes)
     loaded = ir.from_proto(model)
     common.RemoveInitializersFromInputsPass()(loaded)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(loaded)

@@ -357,7 +357,7 @@ REFUSED: list[tuple[str, dict[str, object], type[FedgeError], str]] = [
         "g (float[N,M] x) => (float[N,2] y) {y = MatMul(x, w)}",
         {},
         ArtifactError,
-        "only the first dimension may be symbolic",
+        "do not fit each other",
     ),
     (
         "g (float[N,5] x) => (float[N,2] y) {y = MatMul(x, w)}",

@@ -36,12 +36,37 @@ def test_sizes_that_grow_otherwise_are_equal_only_to_themselves() -> None:
     assert found["z"] == ("2*N", 2)
 
 
+def test_other_sizes_may_grow_too() -> None:
+    found = shapes(
+        "g (float[rows,T,4] x) => (float[rows,T,T] y)"
+        "{t = Transpose<perm=[0,2,1]>(x) y = MatMul(x, t) n = Shape(x)"
+        " z = Constant<value_ints=[0]>()"
+        " r = Gather(n, z) k = Constant<value_ints=[-1]>() s = Concat<axis=0>(r, k)"
+        " flat = Reshape(x, s) m = Constant<value_ints=[-1,4]>() long = Reshape(x, m)}"
+    )
+    assert found["y"] == ("N", "T", "T")
+    assert found["flat"] == ("N", "4*T")
+    assert found["long"] == ("N*T", 4)
+
+
+def test_a_size_may_have_a_bound_or_must_be_even() -> None:
+    model = parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17]> g (float[N,T] x) => (float[N,T] y)'
+        "{b = Constant<value_floats=[1.0,2.0,3.0,4.0]>() z = Constant<value_ints=[0]>()"
+        " one = Constant<value_ints=[1]>() n = Shape<start=1,end=2>(x) c = Slice(b, z, n, z)"
+        " y = Add(x, c)}"
+    )
+    assert infer_shapes(model, {"T": 4})["y"][1] == ("N", "T")
+    with pytest.raises(ArtifactError, match=r"do not fit each other at node 'y' \(Add\)"):
+        infer_shapes(model)
+
+
 @pytest.mark.parametrize(
     ("signature", "message"),
     [
         ("float[2,4] x", "first dimension must be the batch"),
         ("float x", "first dimension must be the batch"),
-        ("float[N,M] x", "only the first dimension may be symbolic"),
+        ("float[N,N] x", "a name of their own"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(signature: str, message: str) -> None:

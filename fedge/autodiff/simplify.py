@@ -1,0 +1,73 @@
+"""What a graph computes from constants and sizes alone is computed here, once.
+
+Exporters that fold no weights fold nothing else either: a Reshape's target arrives as a chain of
+Shape, Gather and Concat, a Resize's as more. Params are initializers and are never folded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from fedge.autodiff.shapes import Known, Sizes, trace_twice
+from fedge.types import Array
+
+
+def simplify(model: onnx.ModelProto, sizes: Sizes | None = None) -> onnx.ModelProto:
+    """A copy of ``model`` without what does not depend on inputs or float initializers.
+
+    Args:
+        model: As for :func:`~fedge.autodiff.shapes.infer_shapes`.
+        sizes: Likewise.
+
+    Raises:
+        ArtifactError: Likewise.
+    """
+    few, many, _ = trace_twice(model, sizes)
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    nodes: list[onnx.NodeProto] = []
+    for node in copy.graph.node:
+        if node.op_type != "Constant" and all(_same(few, many, n) for n in node.output if n):
+            nodes += [_constant(n, few.values[n]) for n in node.output if n]
+            continue
+        if node.op_type == "Reshape" and not _same(few, many, node.input[1]):
+            nodes += _target(node, few, many)
+        nodes.append(node)
+    del copy.graph.node[:]
+    copy.graph.node.extend(_alive(nodes, [o.name for o in copy.graph.output]))
+    return copy
+
+
+def _same(few: Known, many: Known, name: str) -> bool:
+    if name not in few.values or name not in many.values:
+        return False
+    a, b = few.values[name], many.values[name]
+    return bool(a.dtype == b.dtype and a.shape == b.shape and np.array_equal(a, b, equal_nan=True))
+
+
+def _constant(name: str, value: Array) -> onnx.NodeProto:
+    tensor = numpy_helper.from_array(np.ascontiguousarray(value).reshape(value.shape))
+    return helper.make_node("Constant", [], [name], name=f"{name}/folded", value=tensor)
+
+
+def _target(node: onnx.NodeProto, few: Known, many: Known) -> list[onnx.NodeProto]:
+    """A Reshape's target in which one size depends on the data's, as a constant with −1 there."""
+    a, b = (k.values.get(node.input[1]) for k in (few, many))
+    if a is None or b is None or a.shape != b.shape or np.sum(a != b) != 1 or -1 in a:
+        return []
+    name = f"{node.output[0]}/target"
+    node.input[1] = name
+    return [_constant(name, np.where(a == b, a, -1))]
+
+
+def _alive(nodes: Iterable[onnx.NodeProto], outputs: Iterable[str]) -> list[onnx.NodeProto]:
+    needed, kept = set(outputs), []
+    for node in reversed(list(nodes)):
+        if needed.intersection(node.output):
+            needed.update(node.input)
+            kept.append(node)
+    return kept[::-1]
