@@ -25,7 +25,7 @@ from typing import Any
 
 from fedge import errors
 from fedge.errors import FedgeError, WorkerDiedError
-from fedge.platform import limit_process, silence_telemetry
+from fedge.platform import die_first, limit_process, silence_telemetry
 
 MAX_FRAME_BYTES = 4 << 30
 MAX_HEADER_BYTES = 16 << 20
@@ -73,9 +73,11 @@ def serve(handlers: Mapping[str, Handler], argv: Sequence[str] | None = None) ->
     """Answer requests on the inherited socket until the parent closes it.
 
     Standard output is turned to standard error, so that a chatty library cannot disturb anybody.
-    A crash leaves no memory dump: it would hold the site's rows.
+    A crash leaves no memory dump: it would hold the site's rows. Of all processes a worker is the
+    one that may be lost when memory runs out.
     """
     limit_process()
+    die_first()
     args = list(sys.argv[1:] if argv is None else argv)
     sock = socket.socket(fileno=int(args[args.index("--pipe-fd") + 1]))
     os.dup2(2, 1)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from fedge.artifacts.bundle import MANIFEST, SIGNATURE, parse_signed, verify_files
+from fedge.artifacts.bundle import (
+    MANIFEST,
+    MAX_FILE_BYTES,
+    SIGNATURE,
+    parse_signed,
+    verify_files,
+)
 from fedge.artifacts.manifest import COMMON_FILES, ENGINE_FILES, MAX_MANIFEST_BYTES, Manifest
 from fedge.artifacts.signing import SIGNATURE_BYTES
 from fedge.errors import ArtifactError
@@ -14,6 +21,7 @@ from fedge.platform import atomic_write, fsync_dir, private_dir
 from fedge.wire import serde
 from fedge_client.state import State
 
+ADMITTED = "admitted"  # lies beside a bundle's files once all of them have passed
 Fetch = Callable[[str, serde.Receiver], Awaitable[None]]
 """Fetches content by digest into a receiver until it is complete."""
 
@@ -32,6 +40,7 @@ async def fetch_bundle(
 
     Raises:
         SignatureError: If the manifest is not the signer's.
+        AdmissionError: If a model holds what it may not, or cannot be parsed within limits.
         ArtifactError: If a file is not what the manifest says, or no engine fits.
     """
     folder = state.bundle(digest)
@@ -43,12 +52,15 @@ async def fetch_bundle(
             f"this device has {', '.join(engines)}"
         )
     wanted = [*COMMON_FILES, *(f for e in usable for f in ENGINE_FILES[e])]
+    admitted = folder / ADMITTED
     missing = [n for n in wanted if not (folder / n).exists()]
-    for name in missing:
-        await _file(state, folder / name, manifest, fetch)
     if missing:
-        verify_files(folder, manifest, wanted)
-        fsync_dir(folder)
+        admitted.unlink(missing_ok=True)
+    for name in missing:
+        await _file(folder / name, manifest, fetch)
+    if not admitted.exists():
+        await asyncio.to_thread(_admit, folder, manifest, wanted)
+        atomic_write(admitted, b"")
     return manifest
 
 
@@ -105,11 +117,19 @@ async def _signed(state: State, digest: str, fetch: Fetch) -> tuple[bytes, bytes
     return both[:-SIGNATURE_BYTES], both[-SIGNATURE_BYTES:]
 
 
-async def _file(state: State, path: Path, manifest: Manifest, fetch: Fetch) -> None:
+def _admit(folder: Path, manifest: Manifest, names: list[str]) -> None:
+    """Verify the files, then have their models parsed under limits before any engine does."""
+    from fedge.artifacts.admission import admit_files
+
+    verify_files(folder, manifest, names)
+    fsync_dir(folder)
+    admit_files(folder, {n: manifest.files[n] for n in names if n.endswith(".onnx")})
+
+
+async def _file(path: Path, manifest: Manifest, fetch: Fetch) -> None:
     entry = manifest.files[path.name]
-    if entry.bytes > serde.MAX_CONTENT_BYTES:
-        raise ArtifactError(f"{path.name} claims {entry.bytes} bytes")
-    del state
+    if entry.bytes > MAX_FILE_BYTES:
+        raise ArtifactError(f"{path.name} claims {entry.bytes} bytes; at most {MAX_FILE_BYTES}")
     await _receive(path, entry.sha256, entry.bytes, entry.bytes, fetch)
 
 

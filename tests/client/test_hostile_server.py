@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedge.errors import LinkError
+from fedge.artifacts import signing
+from fedge.artifacts.bundle import MANIFEST, SIGNATURE, Bundle
+from fedge.errors import AdmissionError, LinkError
 from fedge.wire import serde
 from fedge.wire.v1 import link_pb2 as pb
-from fedge_client import commands, enroll
+from fedge_client import commands, enroll, updater
 from fedge_client.config import ClientConfig
 from fedge_client.outbox import Outbox
 from fedge_client.phases import Phase
@@ -28,6 +30,50 @@ ESCAPE = "\x1b[2J\x1b]0;owned\x07\x9b31m\u202e"
 @pytest.fixture
 def state(tmp_path: Path) -> State:
     return State(tmp_path / "state", create=True)
+
+
+def signed_bundle(good: Bundle, out: Path, **files: bytes) -> Bundle:
+    """The bundle with files replaced, and signed by its federation's key all the same."""
+    content = {n: good.read(n) for n in good.manifest.files}
+    content.update({n.replace("_onnx", ".onnx"): d for n, d in files.items()})
+    return Bundle.write(good.manifest, content, signing.generate_signing_key(), out)
+
+
+def deliver(state: State, bundle: Bundle) -> None:
+    async def fetch(digest: str, receiver: serde.Receiver) -> None:
+        names = {e.sha256: bundle.path / n for n, e in bundle.manifest.files.items()}
+        if digest in names:
+            chunks = serde.iter_chunks(names[digest])
+        else:
+            both = state.root / "signed"
+            both.write_bytes(
+                b"".join((bundle.path / n).read_bytes() for n in (MANIFEST, SIGNATURE))
+            )
+            chunks = serde.iter_chunks(both)
+        for chunk in chunks:
+            receiver.add(chunk)
+
+    signer = bundle.manifest.signer
+    asyncio.run(updater.fetch_bundle(state, bundle.digest, signer, ("ort",), fetch))
+
+
+def test_a_model_that_grows_in_memory_is_refused_before_an_engine_sees_it(
+    state: State, bundle: Callable[..., Bundle], tmp_path: Path
+) -> None:
+    nodes = b"\x0a\x00" * (1 << 19)  # two bytes each in the file, two hundred in memory
+    bomb = b"\x08\x08\x3a" + varint(len(nodes)) + nodes
+    hostile = signed_bundle(bundle(), tmp_path / "hostile", step_onnx=bomb)
+    for _ in range(2):  # a second start must not find it good
+        with pytest.raises(AdmissionError, match=r"step\.onnx"):
+            deliver(state, hostile)
+    deliver(state, signed_bundle(bundle(), tmp_path / "good"))
+
+
+def varint(number: int) -> bytes:
+    out = b""
+    while number > 127:
+        out, number = out + bytes([number & 127 | 128]), number >> 7
+    return out + bytes([number])
 
 
 def task(number: int) -> pb.ServerEvent:

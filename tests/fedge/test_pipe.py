@@ -35,10 +35,13 @@ def spin(header, blobs):
 def core_limit(header, blobs):
     import resource
     return {"bytes": resource.getrlimit(resource.RLIMIT_CORE)}, []
+def oom_score(header, blobs):
+    with open("/proc/self/oom_score_adj") as file:
+        return {"value": int(file.read())}, []
 def environ(header, blobs): return {"value": os.environ.get(header["name"])}, []
 
 if __name__ == "__main__":
-    calls = (echo, refuse, fail, chatter, leave, spin, core_limit, environ)
+    calls = (echo, refuse, fail, chatter, leave, spin, core_limit, oom_score, environ)
     sys.exit(serve({f.__name__: f for f in calls}))
 """
 
@@ -151,6 +154,11 @@ def test_exit_code_is_named(child: Child) -> None:
 
 def test_a_crash_leaves_no_memory_dump(child: Child) -> None:
     assert child.call("core_limit")[0]["bytes"] == [0, 0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's choice is Linux's")
+def test_when_memory_runs_out_the_worker_goes_first(child: Child) -> None:
+    assert child.call("oom_score")[0] == {"value": 1000}
 
 
 def test_a_late_answer_kills_the_worker(child: Child) -> None:
