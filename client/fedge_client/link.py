@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -146,15 +146,33 @@ class Link:
         finally:
             call.cancel()
 
-    async def upload(self, header: pb.UploadHeader, path: Path) -> pb.UploadReply:
+    async def upload(
+        self, header: pb.UploadHeader, path: Path, patience_s: float = 0.0
+    ) -> pb.UploadReply:
         """Deliver one file as header and chunks.
+
+        Args:
+            header: What it is.
+            path: The file.
+            patience_s: How long to wait after the header for an answer. A server may know what to
+                say from the header alone; grpc loses that answer if chunks are under way just
+                then. Worth waiting for after an attempt that failed.
 
         Raises:
             NotRetryableError: If the server cannot take it, now or later.
             LinkError: If the link broke on the way; deliver again.
         """
-        with _mapped("upload"):
-            reply: pb.UploadReply = await self._stub.Upload(_parts(header, path))
+        call = self._stub.Upload()
+        try:
+            with _mapped("upload"):
+                await call.write(pb.UploadPart(header=header))
+                if not await _ended(call, patience_s):
+                    for chunk in serde.iter_chunks(path):
+                        await call.write(pb.UploadPart(chunk=chunk))
+                    await call.done_writing()
+                reply: pb.UploadReply = await call
+        finally:
+            call.cancel()
         return reply
 
     async def close(self) -> None:
@@ -162,10 +180,16 @@ class Link:
         await self._channel.close()
 
 
-async def _parts(header: pb.UploadHeader, path: Path) -> AsyncIterator[pb.UploadPart]:
-    yield pb.UploadPart(header=header)
-    for chunk in serde.iter_chunks(path):
-        yield pb.UploadPart(chunk=chunk)
+async def _ended(call: Any, within_s: float) -> bool:  # noqa: ANN401 - grpc's types are not exported
+    """Whether the server ends the call within that time."""
+    if within_s <= 0:
+        return False
+    code = asyncio.create_task(call.code())
+    try:
+        done, _ = await asyncio.wait([code], timeout=within_s)
+    finally:
+        code.cancel()
+    return bool(done)
 
 
 def _accept(receiver: serde.Receiver, chunk: pb.Chunk) -> None:

@@ -28,6 +28,7 @@ from fedge_client.tasks import Desk, Readiness
 
 BACKOFF_S, BACKOFF_MAX_S = 0.5, 30.0
 RETRY_S = 0.5
+PATIENCE_S = 2.0  # see Link.upload; only after an attempt that failed
 _KEPT_ANSWERS = 32  # small answers a server that crashed may ask for again
 _MAX_WAITING = 256  # jobs
 _VERDICTS = {
@@ -262,13 +263,14 @@ class Session:
 
     async def _deliver_one(self, entry: Entry) -> None:
         upload = self._desk.signed(entry)
+        patience_s = 0.0
         while True:
             await self._online.wait()
             try:
                 link = self._link
                 if link is None:
                     continue
-                reply = await link.upload(upload.header, upload.path)
+                reply = await link.upload(upload.header, upload.path, patience_s)
             except RefusedError:
                 raise  # not admitted any more; the update stays
             except NotRetryableError as exc:
@@ -276,6 +278,7 @@ class Session:
                 break
             except LinkError as exc:
                 self._report(f"round {entry.round_num}: update waits ({exc})")
+                patience_s = PATIENCE_S
                 await asyncio.sleep(RETRY_S)
             else:
                 verdict = _VERDICTS.get(reply.verdict, "got no verdict")

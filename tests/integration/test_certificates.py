@@ -98,8 +98,8 @@ def test_unknown_content_is_final(token: Token, tmp_path: Path) -> None:
         header.update_id = serde.update_id("no-such-task", "clinic", "2" * 64).hex()
         header.signature = enroll.update_key(state).sign(bytes.fromhex(header.update_id))
         (tmp_path / "update").write_bytes(b"1234")
-        with pytest.raises(NotRetryableError):
-            await link.upload(header, tmp_path / "update")
+        with pytest.raises(NotRetryableError, match="no-such-task"):
+            await link.upload(header, tmp_path / "update", patience_s=5.0)
         await link.close()
 
     asyncio.run(scenario())
