@@ -66,6 +66,9 @@ def die_first() -> None:
 def private_dir(path: Path) -> Path:
     """Create ``path`` readable by its owner alone (0700), parents included, and return it.
 
+    A folder that is there and empty, such as a fresh mount, is taken over: it gets the same mode.
+    One that holds something keeps its own.
+
     Raises:
         StateError: If it cannot be made, or is there and is not a folder.
     """
@@ -73,6 +76,9 @@ def private_dir(path: Path) -> Path:
         private_dir(path.parent)
     try:
         path.mkdir(mode=0o700, exist_ok=True)
+        if path.stat().st_mode & 0o077 and not any(path.iterdir()):
+            with contextlib.suppress(PermissionError):  # another's, lent to us
+                path.chmod(0o700)
     except OSError as exc:
         raise StateError(f"cannot make the folder {path}: {exc.strerror}; name another") from exc
     return path

@@ -184,7 +184,9 @@ class State:
     def note(self, name: str, value: dict[str, Any]) -> None:
         """Replace a JSON file that may be lost in a power cut (no fsync)."""
         tmp = self.root / f".{name}.tmp"
-        tmp.write_bytes(json.dumps(value, sort_keys=True).encode())
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        with os.fdopen(os.open(tmp, flags, 0o600), "wb") as handle:
+            handle.write(json.dumps(value, sort_keys=True).encode())
         tmp.replace(self.root / name)
 
     def read_note(self, name: str) -> dict[str, Any]:

@@ -20,6 +20,8 @@ def test_folders_and_keys_are_private(tmp_path: Path) -> None:
     assert stat.S_IMODE(state.keys.stat().st_mode) == 0o700
     assert stat.S_IMODE((state.keys / "device.key").stat().st_mode) == 0o600
     assert state.read_key("device.key") == b"secret"
+    state.note("session.json", {"phase": "online"})
+    assert stat.S_IMODE((tmp_path / "state" / "session.json").stat().st_mode) == 0o600
 
 
 def test_a_key_that_others_can_read_is_refused(tmp_path: Path) -> None:

@@ -34,6 +34,15 @@ def test_private_dir_and_the_parents_it_makes_are_the_owners_alone(tmp_path: Pat
     assert private_dir(made) == made
 
 
+def test_an_empty_folder_becomes_private_and_one_in_use_stays_as_it_is(tmp_path: Path) -> None:
+    for name in ("mounted", "home"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "home" / "file").touch()
+    assert _mode(private_dir(tmp_path / "mounted")) == 0o700
+    assert _mode(private_dir(tmp_path / "home")) == 0o755
+
+
 def test_private_dir_says_what_is_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "state").write_text("a file")
     with pytest.raises(StateError, match=r"cannot make the folder .*state: File exists"):
