@@ -147,6 +147,13 @@ class Ops:
         """The number of elements as float32, rank 0."""
         return self.Cast(self.Size(x), to=int(ir.DataType.FLOAT))
 
+    def pieces(self, x: Value, count: int, axis: int = 0) -> tuple[Value, ...]:
+        """``x`` cut into equal pieces along ``axis``."""
+        if count == 1:
+            return (x,)
+        number = {"num_outputs": count} if self.opset >= 18 else {}
+        return tuple(self.Split(x, axis=axis, outputs=count, **number))
+
     def transpose(self, x: Value, perm: Sequence[int]) -> Value:
         """Transpose, unless the order stays."""
         return x if list(perm) == sorted(perm) else self.Transpose(x, perm=list(perm))
