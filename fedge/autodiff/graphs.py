@@ -9,6 +9,7 @@ import onnx
 import onnx_ir as ir
 
 from fedge.artifacts.manifest import LabelSpec, Optimizer, TensorSpec
+from fedge.autodiff.dropout import explicit_dropout
 from fedge.autodiff.losses import (
     Written,
     extra_specs,
@@ -21,7 +22,8 @@ from fedge.autodiff.ops import Value, shape_of
 from fedge.autodiff.optimizers import GivenGradients, Updates, apply_optimizer, settings_of
 from fedge.autodiff.prepare import Forward, finish, load, normalize
 from fedge.autodiff.reverse import backward
-from fedge.autodiff.rewrite import inference_mode, relu_after_pooling
+from fedge.autodiff.rewrite import batch_statistics, inference_mode, relu_after_pooling
+from fedge.autodiff.shapes import Sizes
 from fedge.errors import ArtifactError
 from fedge.losses import Loss, LossLike, find_loss
 
@@ -32,14 +34,18 @@ class TrainingGraphs:
 
     Attributes:
         step: inputs, labels, lr, params, state -> loss and ``X@next`` of all that changes.
-        grad: inputs, labels, params -> loss and ``X@grad`` of the trainable params.
+        grad: inputs, labels, params -> loss, ``X@grad`` of the trainable params and ``X@next`` of
+            running statistics.
         evaluate: inputs, labels, params -> loss and the model's outputs, in inference mode.
         infer: inputs, params -> the model's outputs, in inference mode.
         state: Optimizer memory, zero at the start.
         inputs: The model's own inputs.
         outputs: The model's outputs; the loss looks at the first.
         labels: The label input.
-        extras: What ``step`` and ``grad`` ask for beside inputs and labels.
+        extras: What ``step`` and ``grad`` ask of rows beside inputs and labels.
+        noise: What ``step`` and ``grad`` ask for too: uniform random numbers of [0, 1), fresh for
+            every batch.
+        running: Params a step changes without a gradient: BatchNormalization's statistics.
         update: lr, ``X@grad``, params, state (and what clipping and a proximal term need) ->
             ``X@next``: the optimizer alone, for steps that do more to a gradient.
         loss: The loss alone, of the model's outputs.
@@ -54,6 +60,8 @@ class TrainingGraphs:
     outputs: tuple[TensorSpec, ...]
     labels: LabelSpec
     extras: tuple[TensorSpec, ...]
+    noise: tuple[TensorSpec, ...]
+    running: tuple[str, ...]
     update: onnx.ModelProto
     loss: onnx.ModelProto
 
@@ -66,17 +74,19 @@ def training_graphs(
     loss: LossLike,
     optimizer: Optimizer,
     proximal: Sequence[str] = (),
+    sizes: Sizes | None = None,
 ) -> TrainingGraphs:
     """Differentiate a model.
 
     Args:
-        model: Opset 13 to 21; the first dimension of its inputs is the batch, symbolic.
+        model: Opset 13 to 24; the first dimension of its inputs is the batch, symbolic.
         params: Initializers that become graph inputs; other initializers stay constants.
         trainable: Those of ``params`` a step changes.
         loss: One of :mod:`fedge.losses`, of the first output.
         optimizer: ``sgd`` (momentum, nesterov, weight_decay) or ``adamw`` (beta1, beta2, eps,
             weight_decay).
         proximal: Those of ``trainable`` that a proximal term may hold back.
+        sizes: For symbolic dimensions other than the batch, a size that the model accepts.
 
     Raises:
         ArtifactError: If the model does not fit: opset, names, shapes, missing params.
@@ -85,8 +95,10 @@ def training_graphs(
         ConfigError: If loss or optimizer are unknown or do not fit the output.
     """
     settings_of(optimizer)
-    model, kind = normalize(model), find_loss(loss)
-    plan = _Plan(model, tuple(params), tuple(trainable), kind, optimizer)
+    model, kind = normalize(model, sizes), find_loss(loss)
+    training, noise = explicit_dropout(model, sizes)
+    names = (tuple(params), tuple(trainable))
+    plan = _Plan(model, training, *names, kind, optimizer, dict(sizes or {}))
     forward = plan.load()
     step, state = plan.step()
     return TrainingGraphs(
@@ -99,6 +111,8 @@ def training_graphs(
         outputs=tuple(_spec(v) for v in forward.graph.outputs),
         labels=label_spec(kind, forward),
         extras=extra_specs(kind, forward),
+        noise=noise,
+        running=plan.running(),
         update=plan.update(proximal),
         loss=loss_model(kind, forward),
     )
@@ -109,16 +123,22 @@ class _Plan:
     """The request, and one method per graph; each graph starts from a fresh copy of the model."""
 
     model: onnx.ModelProto
+    training: onnx.ModelProto
     params: tuple[str, ...]
     trainable: tuple[str, ...]
     loss: Loss
     optimizer: Optimizer
+    sizes: Sizes
 
-    def load(self) -> Forward:
+    def load(self, model: onnx.ModelProto | None = None) -> Forward:
         missing = sorted(set(self.trainable) - set(self.params))
         if missing or not self.trainable:
             raise ArtifactError(f"trainable {missing or '()'} must name one or more of the params")
-        return load(self.model, self.params)
+        return load(model or self.model, self.params, self.sizes)
+
+    def running(self) -> tuple[str, ...]:
+        found = batch_statistics(self.load())
+        return tuple(n for n in self.params if n in found)
 
     def infer(self) -> onnx.ModelProto:
         forward = self.load()
@@ -134,16 +154,17 @@ class _Plan:
         return finish(forward, inputs, {"loss": written.value, **outputs})
 
     def grad(self) -> onnx.ModelProto:
-        forward, written, gradients = self._training()
+        forward, written, gradients, running = self._training()
         found = gradients(forward.op.value(1.0))
-        outputs = {"loss": written.value, **{f"{n}@grad": g for n, g in found.items()}}
+        named = {f"{n}@grad": g for n, g in found.items()}
+        outputs = {"loss": written.value, **named, **running}
         return finish(forward, self._inputs(forward, written), outputs)
 
     def step(self) -> tuple[onnx.ModelProto, tuple[TensorSpec, ...]]:
-        forward, written, gradients = self._training()
+        forward, written, gradients, running = self._training()
         up = self._updates(forward)
         apply_optimizer(up, self.optimizer, gradients)
-        outputs = {"loss": written.value, **up.outputs()}
+        outputs = {"loss": written.value, **up.outputs(), **running}
         inputs = [*forward.inputs, *written.inputs, up.lr, *forward.params.values()]
         model = finish(forward, [*inputs, *up.state.values()], outputs)
         return model, tuple(_spec(v) for v in up.state.values())
@@ -160,12 +181,14 @@ class _Plan:
         lr = ir.val("lr", dtype=ir.DataType.FLOAT, shape=ir.Shape(()))
         return Updates(forward.op, {n: forward.params[n] for n in self.trainable}, lr)
 
-    def _training(self) -> tuple[Forward, Written, _Gradients]:
-        forward = self.load()
+    def _training(self) -> tuple[Forward, Written, _Gradients, dict[str, Value]]:
+        forward = self.load(self.training)
         relu_after_pooling(forward)
+        after = batch_statistics(forward)
+        running = {f"{n}@next": v for n, v in after.items() if n in self.params}
         written = write_loss(forward, self.loss)
-        nodes = list(forward.graph)
-        return forward, written, _Gradients(forward, nodes, self.trainable, written)
+        gradients = _Gradients(forward, list(forward.graph), self.trainable, written)
+        return forward, written, gradients, running
 
     @staticmethod
     def _inputs(forward: Forward, written: Written) -> list[Value]:

@@ -9,10 +9,13 @@ from fedge.autodiff.prepare import Forward
 
 
 def inference_mode(forward: Forward) -> None:
-    """Dropout passes its input on."""
+    """Dropout passes its input on, BatchNormalization uses its running statistics."""
     for node in list(forward.graph):
         if node.op_type == "Dropout":
             _replace(node, node.inputs[0])
+        if node.op_type == "BatchNormalization":
+            node.attributes.pop("training_mode", None)
+            node.resize_outputs(1)
 
 
 def relu_after_pooling(forward: Forward) -> None:

@@ -311,15 +311,24 @@ def test_a_param_that_does_not_matter_stays() -> None:
     assert not run(session(graphs.grad), feeds)["v@grad"].any()
 
 
-def test_dropout_is_off_where_outputs_are_asked() -> None:
+def test_dropout_is_off_where_outputs_are_asked_and_takes_noise_in_training() -> None:
     text = (
         "g (float[N,4] x) => (float[N,2] y) {r = Constant<value_float=0.5>()"
         " t = Constant<value=bool {1}>() d = Dropout<seed=3>(x, r, t) y = MatMul(d, w)}"
     )
     graphs = make(model_of(text, w=W))
-    assert "Dropout" in {n.op_type for n in graphs.step.graph.node}
-    out = run(session(graphs.infer), {"x": np.ones((2, 4), np.float32), "w": W})
+    assert graphs.noise == (TensorSpec("noise/1", "float32", ("N", 4)),)
+    for graph in (graphs.step, graphs.grad):
+        assert "Dropout" not in {n.op_type for n in graph.graph.node}
+        assert "noise/1" in {i.name for i in graph.graph.input}
+    x = np.ones((2, 4), np.float32)
+    out = run(session(graphs.infer), {"x": x, "w": W})
     np.testing.assert_array_equal(out["y"], np.full((2, 2), 4, np.float32))
+    noise = np.array([[0, 0.5, 0.9, 0.1], [0.6, 0.7, 0.49, 0.5]], np.float32)
+    labels = np.zeros((2, 2), np.float32)
+    got = run(session(graphs.grad), {"x": x, "w": W, "labels": labels, "noise/1": noise})
+    kept = 2 * (noise >= 0.5).astype(np.float32)
+    np.testing.assert_allclose(got["w@grad"], kept.T @ (kept @ W) / 2, rtol=1e-6)
 
 
 def test_several_outputs_are_kept_and_the_first_is_trained() -> None:
