@@ -277,4 +277,4 @@ def _majority(context: Context) -> Metrics | None:
 
 
 def _fixed(shape: tuple[int | str, ...]) -> tuple[int, ...]:
-    return tuple(int(d) for d in shape[1:])
+    return tuple(d if isinstance(d, int) else 1 for d in shape[1:])

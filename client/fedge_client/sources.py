@@ -152,6 +152,8 @@ def _csv_inputs(config: DataConfig, manifest: Manifest, table: _Table) -> Params
     others = {config.label, config.split}
     columns = list(config.columns) or [n for n in table.names if n not in others]
     _require(config, "column", columns, table.names)
+    sizes = [str(d) for d in spec.shape[1:] if not isinstance(d, int)]
+    _want(not sizes, config, f"is CSV; {spec.name!r} varies in {', '.join(sizes)}: use NPZ")
     shape = [int(d) for d in spec.shape[1:]]
     width = math.prod(shape)
     _want(
@@ -226,12 +228,12 @@ def _cast(config: DataConfig, spec: TensorSpec, values: Array, lines: list[int] 
 def _labels(config: DataConfig, spec: LabelSpec, values: Array, lines: list[int] | None) -> Array:
     """Labels in the manifest's dtype and shape, inside its range."""
     whole = np.dtype(spec.dtype).kind in "iub"
-    size = math.prod(int(d) for d in spec.shape[1:])
-    _want(
-        values.size == size * len(values),
-        config,
-        f"has {values.size} label values for {len(values)} rows; wanted {size} per row",
-    )
+    shaped = _shaped(values, spec)
+    if shaped is None:
+        shape, rows = "x".join(str(d) for d in spec.shape), len(values)
+        raise DataError(
+            f"{_name(config)} has {values.size} label values for {rows} rows; wanted [{shape}]"
+        )
     flat = values.reshape(len(values), -1).astype(np.float64)
     bad = ~np.isfinite(flat)
     wanted = "a number"
@@ -249,7 +251,20 @@ def _labels(config: DataConfig, spec: LabelSpec, values: Array, lines: list[int]
             f"{_name(config)} {_where(np.argwhere(bad)[0, :1], lines)}: label {config.label!r} is "
             f"out of range in {count} of {len(flat)} rows; wanted {wanted}"
         )
-    return flat.astype(spec.dtype).reshape(len(values), *(int(d) for d in spec.shape[1:]))
+    return flat.astype(spec.dtype).reshape(shaped)
+
+
+def _shaped(values: Array, spec: LabelSpec) -> tuple[int, ...] | None:
+    """The labels' own shape where it fits, or the one it fits in; None where neither does."""
+    wanted = spec.shape[1:]
+    if values.ndim == len(spec.shape) and all(
+        not isinstance(w, int) or w == got for w, got in zip(wanted, values.shape[1:], strict=True)
+    ):
+        return values.shape
+    fixed = [d for d in wanted if isinstance(d, int)]
+    if len(fixed) == len(wanted) and values.size == len(values) * math.prod(fixed):
+        return (len(values), *fixed)
+    return None
 
 
 def _test_rows(config: DataConfig, rows: int, parts: list[str] | None) -> Array:

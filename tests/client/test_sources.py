@@ -206,7 +206,7 @@ def test_npz_images_and_named_splits(tmp_path: Path) -> None:
         ({"x": np.zeros((0, 3)), "y": np.zeros(0)}, "has no rows"),
         ({"x": [["a", "b", "c"]], "y": [0]}, "holds <U1 for 'x'"),
         ({"x": np.zeros((2, 3)), "y": [0, 7]}, "row 2: label 'y' is out of range"),
-        ({"x": np.zeros((2, 3)), "y": [[0, 1], [1, 1]]}, "4 label values for 2 rows"),
+        ({"x": np.zeros((2, 3)), "y": [[0, 1], [1, 1]]}, "4 label values for 2 rows; wanted [Nx1]"),
     ],
 )
 def test_an_npz_that_does_not_fit(tmp_path: Path, arrays: dict[str, object], says: str) -> None:
