@@ -10,6 +10,7 @@ import csv
 import math
 import tokenize
 import zipfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +93,7 @@ class _Table:
             raise DataError(f"{_name(config)} cannot be read as CSV: {_reason(exc)}") from exc
         _want(bool(names), config, "is empty; wanted a header line and rows")
         _want(bool(rows), config, "has no rows; wanted at least one")
-        twice = sorted({n for n in names if names.count(n) > 1})
+        twice = sorted(n for n, times in Counter(names).items() if times > 1)
         _want(not twice, config, f"names the column {', '.join(twice[:_SHOWN])} twice")
         for row, line in zip(rows, lines, strict=True):
             _want(
@@ -109,7 +110,8 @@ class _Table:
 
     def numbers(self, config: DataConfig, names: Sequence[str]) -> Array:
         """Columns as float64 [rows, len(names)], finite."""
-        where = [self.names.index(n) for n in names]
+        position = {n: i for i, n in enumerate(self.names)}
+        where = [position[n] for n in names]
         out = np.empty((len(self.rows), len(names)))
         for i, row in enumerate(self.rows):
             for j, at in enumerate(where):
@@ -293,7 +295,8 @@ def _texts(array: Array) -> list[str]:
 
 
 def _require(config: DataConfig, what: str, wanted: Sequence[str], present: Sequence[str]) -> None:
-    missing = [n for n in wanted if n not in present]
+    known = set(present)
+    missing = [n for n in wanted if n not in known]
     _want(not missing, config, f"lacks the {what} {_show(missing)}; it has {_show(present)}")
 
 

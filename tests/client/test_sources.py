@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,16 @@ def test_columns_are_taken_in_the_order_named(tmp_path: Path) -> None:
     data = sources.load(config, manifest())
     assert data.test is None
     np.testing.assert_array_equal(data.train.inputs["x"][1], [2, 50, 1.5])
+
+
+def test_a_wide_table_does_not_take_for_ever(tmp_path: Path) -> None:
+    width = 60_000
+    header = ",".join(f"gene{i}" for i in range(width)) + ",sick"
+    rows = [",".join(["1"] * width) + f",{i % 2}" for i in range(2)]
+    began = time.process_time()
+    data = sources.load(write(tmp_path, [header, *rows]), manifest(shape=("N", width)))
+    assert len(data.train) + (0 if data.test is None else len(data.test)) == 2
+    assert time.process_time() - began < 10
 
 
 def test_the_split_column_decides(tmp_path: Path) -> None:
