@@ -228,7 +228,8 @@ def find_loss(given: LossLike) -> Loss:
         return given
     settings = {k: v for k, v in given.items() if k != "name"}
     name = given.get("name")
-    _want(name in NAMES, f"loss {name!r} is unknown; known: {', '.join(NAMES)}")
+    if name not in NAMES:
+        raise ConfigError(f"loss {name!r} is unknown; known: {', '.join(NAMES)}")
     found: Loss = from_mapping(_KNOWN[str(name)], settings, f"loss {name}")
     return found
 

@@ -19,8 +19,8 @@ from fedge.artifacts import manifest as form
 from fedge.artifacts import reference
 from fedge.artifacts.admission import admit_model
 from fedge.artifacts.bundle import Bundle
-from fedge.artifacts.manifest import Manifest, Optimizer
-from fedge.artifacts.model import normalize, read_model, strip
+from fedge.artifacts.manifest import Manifest, Optimizer, ParamSpec
+from fedge.artifacts.model import normalize, read_model
 from fedge.artifacts.ort_build import OrtRequest, build_ort_files
 from fedge.artifacts.preprocessing import Preprocessing, build_preprocessor
 from fedge.artifacts.selection import (
@@ -32,10 +32,13 @@ from fedge.artifacts.selection import (
     running_statistics,
 )
 from fedge.artifacts.signing import generate_signing_key
+from fedge.artifacts.strip import strip
 from fedge.autodiff import TrainingGraphs, training_graphs
 from fedge.autodiff.optimizers import settings_of
 from fedge.config import TrainConfig
 from fedge.errors import ConfigError
+from fedge.losses import Loss, LossLike, Onnx, find_loss
+from fedge.losses import settings_of as settings_of_loss
 from fedge.types import Params
 
 if TYPE_CHECKING:
@@ -47,7 +50,7 @@ OptimizerLike: TypeAlias = str | Optimizer | Mapping[str, Any]
 def build(
     model: Any,  # noqa: ANN401 - naming torch's type would import torch
     *,
-    loss: str,
+    loss: LossLike | Path | bytes | onnx.ModelProto,
     optimizer: OptimizerLike = "sgd",
     sample: Any = None,  # noqa: ANN401 - arrays, tensors, or collections of them
     trainable: Patterns = None,
@@ -64,8 +67,9 @@ def build(
     Args:
         model: An ONNX model (path, bytes or ModelProto; no torch needed) or ``torch.nn.Module``,
             taken in the mode it is in: ``.eval()`` turns Dropout off and freezes BatchNorm.
-        loss: ``cross_entropy`` (output [N, classes]), ``bce_with_logits`` or ``mse``, of the first
-            output; a mean over the batch.
+        loss: Of the first output, a mean over the batch: a name such as ``"cross_entropy"``, one of
+            :mod:`fedge.losses` with settings, or an ONNX model (path ``*.onnx``, bytes or
+            ModelProto; as :class:`fedge.losses.Onnx`).
         optimizer: ``"sgd"``, ``"adamw"``, or one with settings, such as
             ``{"name": "sgd", "momentum": 0.9}``.
         sample: At least one row of input; needed for an nn.Module.
@@ -88,19 +92,21 @@ def build(
     """
     source = _read(model, sample)
     params = choose(source, Choice(trainable, shared, personal))
-    request = OrtRequest(source.model, loss, params, _optimizer(optimizer))
-    graphs = _differentiate(source, request)
+    kind = read_loss(loss)
+    graphs = _differentiate(source, params, kind, _optimizer(optimizer))
     pre = build_preprocessor(preprocessing, graphs.inputs)
     values = _values(source)
     files = _graph_files(graphs, pre.model)
     files[form.PARAMS] = tensors.dump(values, {"kind": "params"})
-    examples = reference.draw_examples(graphs.inputs, graphs.labels, source.sample)
+    asked = (*graphs.inputs, *graphs.extras)
+    examples = reference.draw_examples(asked, graphs.labels, source.sample)
     recorded = reference.record(files[form.GRAD], examples, graphs.labels.name, values)
     files[form.REFERENCE] = reference.dump(recorded)
-    ort = build_ort_files(request, graphs.labels, recorded, values)
+    request = OrtRequest(source.model, kind, params, _optimizer(optimizer))
+    ort = build_ort_files(request, graphs, recorded, values)
     manifest = Manifest(
         name=_name(name or source.name),
-        loss=loss,
+        loss=kind.name,
         optimizer=request.optimizer,
         train=train or TrainConfig(),
         raw_inputs=pre.raw_inputs,
@@ -114,6 +120,8 @@ def build(
         files={},
         signer="",
         provenance={**source.provenance, **ort.provenance, "fedge": fedge.__version__},
+        loss_settings=settings_of_loss(kind),
+        extras=graphs.extras,
     )
     return Bundle.write(
         manifest, {**files, **ort.files}, signing_key or generate_signing_key(), out
@@ -158,15 +166,43 @@ def _sample_rows(sample: Any, names: list[str]) -> Params:  # noqa: ANN401
     return {n: np.asarray(v) for n, v in sample.items()}
 
 
-def _differentiate(source: Source, request: OrtRequest) -> TrainingGraphs:
+def read_loss(given: LossLike | Path | bytes | onnx.ModelProto) -> Loss:
+    """The loss a user names; an ONNX model is admitted like any other.
+
+    Raises:
+        ConfigError: If there is no such loss, or a setting is wrong.
+        ArtifactError: If a model of a loss cannot be used.
+    """
+    file = isinstance(given, str) and given.endswith(".onnx")
+    found: Loss
+    if file or isinstance(given, (Path, bytes, onnx.ModelProto)):
+        found = Onnx(given)
+    else:
+        found = find_loss(given)
+    if not isinstance(found, Onnx):
+        return found
+    if found.model is None:
+        raise ConfigError("loss onnx needs its model: a path, bytes or a ModelProto")
+    model = read_model(found.model)
+    strip(model)
+    data = admit_model(model.SerializeToString())
+    digest = hashlib.sha256(data).hexdigest()
+    return replace(found, model=onnx.load_model_from_string(data), sha256=digest)
+
+
+def _differentiate(
+    source: Source, params: tuple[ParamSpec, ...], loss: Loss, optimizer: Optimizer
+) -> TrainingGraphs:
+    trained = [p for p in params if p.trainable]
     graphs = training_graphs(
         source.model,
         params=source.params,
-        trainable=[p.name for p in request.params if p.trainable],
-        loss=request.loss,
-        optimizer=request.optimizer,
+        trainable=[p.name for p in trained],
+        loss=loss,
+        optimizer=optimizer,
+        proximal=[p.name for p in trained if p.shared],
     )
-    missing = [p.name for p in request.params if p.trainable and not _reached(graphs, p.name)]
+    missing = [p.name for p in trained if not _reached(graphs, p.name)]
     if missing:
         raise ConfigError(f"the loss does not depend on {', '.join(missing)}; do not train them")
     return graphs
@@ -181,6 +217,7 @@ def _graph_files(graphs: TrainingGraphs, preprocess: onnx.ModelProto) -> dict[st
     models = {
         form.STEP: graphs.step,
         form.GRAD: graphs.grad,
+        form.UPDATE: graphs.update,
         form.EVALUATE: graphs.evaluate,
         form.INFER: graphs.infer,
         form.PREPROCESS: preprocess,

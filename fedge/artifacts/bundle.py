@@ -187,7 +187,7 @@ class Bundle:
 
         found, meta = tensors.load(self.read(REFERENCE))
         try:
-            inputs = {s.name: found[f"input/{s.name}"] for s in self.manifest.inputs}
+            inputs = {s.name: found[f"input/{s.name}"] for s in self.manifest.training_inputs}
             grads = {n: found[f"grad/{n}"] for n in self.manifest.trainable}
             return Reference(Examples(inputs, found["labels"]), float(meta["loss"]), grads)
         except (KeyError, TypeError, ValueError) as exc:

@@ -18,20 +18,24 @@ from typing import Any
 
 from fedge.config import TrainConfig, from_mapping
 from fedge.errors import ArtifactError, ConfigError
+from fedge.losses import NAMES as LOSSES
+from fedge.losses import Loss, find_loss
 
 SCHEMA = 1
 MAX_MANIFEST_BYTES = 4 << 20
 BATCH = "N"  # the symbolic first dimension of every input and output
 DTYPES = ("float32", "float64", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")
-LOSSES = ("bce_with_logits", "cross_entropy", "mse")
+
+SYMBOL = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,31}")  # name of a size that may vary
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _HEX = re.compile(r"[0-9a-f]{64}")
 
 # The files of a bundle. A device fetches only what its engine needs.
-STEP, GRAD, EVALUATE, INFER, PREPROCESS = (
+STEP, GRAD, UPDATE, EVALUATE, INFER, PREPROCESS = (
     "step.onnx",
     "grad.onnx",
+    "update.onnx",
     "evaluate.onnx",
     "infer.onnx",
     "preprocess.onnx",
@@ -39,7 +43,7 @@ STEP, GRAD, EVALUATE, INFER, PREPROCESS = (
 PARAMS, REFERENCE = "params.safetensors", "reference.safetensors"
 ORT_FILES = ("training_model.onnx", "eval_model.onnx", "optimizer_model.onnx", "checkpoint")
 COMMON_FILES = (EVALUATE, INFER, PREPROCESS, PARAMS, REFERENCE)
-ENGINE_FILES = {"ort": (STEP, GRAD), "ort-training": ORT_FILES}
+ENGINE_FILES = {"ort": (STEP, GRAD, UPDATE), "ort-training": ORT_FILES}
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,10 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A graph input or output; ``shape`` holds ints and the symbolic batch ``"N"``."""
+    """A graph input or output.
+
+    ``shape`` holds ints, the batch ``"N"`` first, and names of other sizes that may vary.
+    """
 
     name: str
     dtype: str
@@ -123,6 +130,8 @@ class Manifest:
         files: File name -> size and digest.
         signer: Ed25519 public key, hex.
         provenance: Who built it with which versions from which model digest.
+        loss_settings: What differs from the loss's defaults; see :mod:`fedge.losses`.
+        extras: What training asks of rows beside inputs and labels: a teacher's logits.
         schema: Of this document.
     """
 
@@ -141,7 +150,24 @@ class Manifest:
     files: dict[str, FileEntry]
     signer: str
     provenance: dict[str, str] = field(default_factory=dict)
+    loss_settings: dict[str, Any] = field(default_factory=dict)
+    extras: tuple[TensorSpec, ...] = ()
     schema: int = SCHEMA
+
+    @property
+    def loss_function(self) -> Loss:
+        """The loss with its settings."""
+        return find_loss({**self.loss_settings, "name": self.loss})
+
+    @property
+    def scored_as(self) -> str:
+        """The plain loss whose scores suit the outputs; "" where only the loss itself does."""
+        return self.loss_function.scored_as
+
+    @property
+    def training_inputs(self) -> tuple[TensorSpec, ...]:
+        """What rows to train on hold beside labels: the model's inputs and the extras."""
+        return (*self.inputs, *self.extras)
 
     @property
     def trainable(self) -> tuple[str, ...]:
@@ -207,7 +233,7 @@ def _parse(raw: dict[str, Any]) -> Manifest:
     values = dict(raw)
     values["optimizer"] = from_mapping(Optimizer, raw["optimizer"], "optimizer")
     values["train"] = from_mapping(TrainConfig, raw["train"], "train")
-    for key in ("raw_inputs", "inputs", "outputs", "state"):
+    for key in ("raw_inputs", "inputs", "outputs", "state", "extras"):
         values[key] = specs(TensorSpec, raw[key])
     values["params"] = specs(ParamSpec, raw["params"])
     values["labels"] = _spec(LabelSpec, raw["labels"])
@@ -223,7 +249,8 @@ def _spec(cls: type[Any], row: dict[str, Any]) -> Any:  # noqa: ANN401 - one of 
     spec = from_mapping(cls, {**row, "shape": tuple(row["shape"])}, cls.__name__)
     _want(spec.dtype in DTYPES, f"{spec.name} has dtype {spec.dtype!r}")
     for dim in spec.shape:
-        ok = dim == BATCH if isinstance(dim, str) else type(dim) is int and 0 <= dim < 1 << 40
+        symbol = isinstance(dim, str) and SYMBOL.fullmatch(dim) is not None
+        ok = symbol or (type(dim) is int and 0 <= dim < 1 << 40)
         _want(ok, f"{spec.name} has dimension {dim!r}")
     return spec
 
@@ -235,6 +262,8 @@ def _check(m: Manifest) -> None:
         _want(entry.bytes >= 0, f"{name} has {entry.bytes} bytes")
         _want(_HEX.fullmatch(entry.sha256) is not None, f"{name} has sha256 {entry.sha256!r}")
     _want(m.loss in LOSSES, f"loss {m.loss!r}; known: {', '.join(LOSSES)}")
+    _want(not {"name", "model"} & set(m.loss_settings), "loss_settings hold a name or a model")
+    find_loss({**m.loss_settings, "name": m.loss})
     _want(m.scaling in ("none", "site", "global", "custom"), f"scaling {m.scaling!r}")
     names = [p.name for p in m.params]
     _want(len(set(names)) == len(names), "a param name occurs twice")

@@ -29,14 +29,16 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fedge import tensors
 from fedge.artifacts.manifest import ORT_FILES, LabelSpec, Optimizer
-from fedge.artifacts.model import strip
 from fedge.artifacts.ort_import import import_training
+from fedge.artifacts.strip import strip
 from fedge.errors import EngineError
+from fedge.losses import TEACHER
 from fedge.pipe import Frame, serve
 from fedge.types import Params
 
 TRAINING, EVALUATION, OPTIMIZER, CHECKPOINT = ORT_FILES
 _MAX_IR_VERSION = 10
+_GIVEN = ("labels", TEACHER)  # inputs of a loss model that are inputs of training
 _HIDDEN_OUTPUTS = {
     "LayerNormalization": ("mean", "inv_std"),
     "SimplifiedLayerNormalization": ("mean", "inv_std"),
@@ -46,7 +48,7 @@ _HIDDEN_OUTPUTS = {
 
 def build_files(
     model: onnx.ModelProto,
-    loss: str,
+    loss: str | onnx.ModelProto,
     labels: LabelSpec,
     optimizer: Optimizer,
     params: tuple[Sequence[str], Sequence[str]],
@@ -55,7 +57,7 @@ def build_files(
 
     Args:
         model: Forward model in the builder's form; params are initializers.
-        loss: One of the manifest's losses, computed on the first output.
+        loss: The name of a loss written here, of the first output, or any loss as a model.
         labels: The label input to add.
         optimizer: With all settings filled in.
         params: Names of those trained, and of the others.
@@ -66,7 +68,10 @@ def build_files(
     artifacts = import_training("artifacts")
     outputs = [o.name for o in model.graph.output]
     _repair(model)
-    _append_loss(model, loss, labels)
+    if isinstance(loss, str):
+        _append_loss(model, loss, labels)
+    else:
+        _join_loss(model, loss)
     trainable, frozen = params
     kind = {"adamw": artifacts.OptimType.AdamW, "sgd": artifacts.OptimType.SGD}[optimizer.name]
     with tempfile.TemporaryDirectory(prefix="fedge-ort-") as folder:
@@ -95,13 +100,13 @@ def build_files(
 
 
 def take_step(
-    files: dict[str, bytes], inputs: Sequence[np.ndarray], params: Params, trained: Sequence[str]
+    files: dict[str, bytes], inputs: Params, params: Params, trained: Sequence[str]
 ) -> tuple[float, Params]:
     """Loss and gradients at ``params`` by ONNX Runtime's training API, then an optimizer step.
 
     Args:
         files: The four files.
-        inputs: Model inputs and labels, in graph order.
+        inputs: What the training model takes beside params, by name.
         params: All of them.
         trained: Names of those with gradients.
 
@@ -118,7 +123,8 @@ def take_step(
             fill_parameters(module, files[TRAINING], params)
             optimizer = api.Optimizer(f"{folder}/{OPTIMIZER}", module)
             module.train()
-            loss = float(np.asarray(module(*inputs)[0]))
+            order = [inputs[n] for n in module.input_names()]
+            loss = float(np.asarray(module(*order)[0]))
             grads = {n: np.array(state.parameters[n].grad) for n in trained}
             optimizer.step()
         except Exception as exc:  # no common base class
@@ -190,6 +196,35 @@ def _append_loss(model: onnx.ModelProto, loss: str, labels: LabelSpec) -> None:
     del graph.output[:]
     graph.output.append(helper.make_tensor_value_info("loss", TensorProto.FLOAT, []))
     graph.node.extend(_LOSSES[loss](z, labels.name))
+
+
+def _join_loss(model: onnx.ModelProto, loss: onnx.ModelProto) -> None:
+    """Append a loss model: its inputs are outputs of the model (a single other one the first).
+
+    Every other name of it is put under ``loss/``.
+    """
+    graph, part = model.graph, loss.graph
+    outputs = [o.name for o in graph.output]
+    asked = [i for i in part.input if i.name not in outputs and i.name not in _GIVEN]
+    kept: dict[str, str] = {n: n for n in (*outputs, *_GIVEN, "")}
+    kept |= {i.name: outputs[0] for i in asked}
+    kept[part.output[0].name] = "loss"
+
+    def name(old: str) -> str:
+        return kept.get(old, f"loss/{old}")
+
+    for node in part.node:
+        node.input[:] = [name(n) for n in node.input]
+        node.output[:] = [name(n) for n in node.output]
+        node.name = f"loss/{node.name}"
+    for constant in part.initializer:
+        constant.name = name(constant.name)
+    graph.input.extend(i for i in part.input if i.name in _GIVEN)
+    graph.value_info.extend(graph.output)
+    del graph.output[:]
+    graph.output.append(helper.make_tensor_value_info("loss", TensorProto.FLOAT, []))
+    graph.node.extend(part.node)
+    graph.initializer.extend(part.initializer)
 
 
 def _cross_entropy(z: str, y: str) -> list[onnx.NodeProto]:
@@ -303,14 +338,16 @@ def _handle_build(header: dict[str, Any], blobs: list[bytes]) -> Frame:
     optimizer = Optimizer(**header["optimizer"])
     model = onnx.load_model_from_string(blobs[0])
     params = (header["trainable"], header["frozen"])
-    files = build_files(model, header["loss"], labels, optimizer, params)
+    name = header["loss"]
+    loss = name if name in _LOSSES else onnx.load_model_from_string(blobs[1])
+    files = build_files(model, loss, labels, optimizer, params)
     return {"version": _version()}, [files[n] for n in ORT_FILES]
 
 
 def _handle_step(header: dict[str, Any], blobs: list[bytes]) -> Frame:
     fed, params = (tensors.load(b)[0] for b in blobs[-2:])
     files = dict(zip(header["files"], blobs, strict=False))
-    loss, grads = take_step(files, list(fed.values()), params, header["trainable"])
+    loss, grads = take_step(files, fed, params, header["trainable"])
     return {"loss": loss}, [tensors.dump(grads)]
 
 

@@ -11,9 +11,11 @@ import onnx
 from fedge import tensors
 from fedge.artifacts.admission import admit_model
 from fedge.artifacts.bundle import Reference
-from fedge.artifacts.manifest import ORT_FILES, LabelSpec, Optimizer, ParamSpec
+from fedge.artifacts.manifest import ORT_FILES, Optimizer, ParamSpec
 from fedge.artifacts.ort_import import TRAINING_PYTHON, find_training_python
+from fedge.autodiff import TrainingGraphs
 from fedge.errors import ArtifactError, EngineError
+from fedge.losses import Loss, settings_of
 from fedge.params import gradient_distance
 from fedge.pipe import Child
 from fedge.types import Params
@@ -25,10 +27,10 @@ _NO_GRADIENT = re.compile(r"gradient builder has not been registered: (\w+)", re
 
 @dataclass(frozen=True)
 class OrtRequest:
-    """What to build: the forward model, its loss on the first output, and the optimizer."""
+    """What to build: the forward model, its loss and the optimizer."""
 
     model: onnx.ModelProto
-    loss: str
+    loss: Loss
     params: tuple[ParamSpec, ...]
     optimizer: Optimizer
 
@@ -43,13 +45,13 @@ class OrtFiles:
 
 
 def build_ort_files(
-    request: OrtRequest, labels: LabelSpec, recorded: Reference, values: Params
+    request: OrtRequest, graphs: TrainingGraphs, recorded: Reference, values: Params
 ) -> OrtFiles:
     """Make the artifacts, take one step with them and compare it with the recorded one.
 
     Args:
         request: What to build.
-        labels: The label input.
+        graphs: fedge's own; labels and the loss are as there.
         recorded: The reference step, from ``grad.onnx``.
         values: Every param at which it was recorded.
 
@@ -69,7 +71,7 @@ def build_ort_files(
         )
     try:
         with Child("fedge.artifacts.ort_artifacts", python) as child:
-            files, version = _build(child, request, labels)
+            files, version = _build(child, request, graphs)
             loss, grads = _step(child, files, recorded, values)
     except EngineError as exc:
         return OrtFiles(reason=_reason(exc))
@@ -77,15 +79,18 @@ def build_ort_files(
     return OrtFiles(files, provenance={"onnxruntime-training": version})
 
 
-def _build(child: Child, request: OrtRequest, labels: LabelSpec) -> tuple[dict[str, bytes], str]:
+def _build(
+    child: Child, request: OrtRequest, graphs: TrainingGraphs
+) -> tuple[dict[str, bytes], str]:
     header = {
-        "loss": request.loss,
-        "labels": asdict(labels),
+        "loss": "" if settings_of(request.loss) else request.loss.name,
+        "labels": asdict(graphs.labels),
         "optimizer": asdict(request.optimizer),
         "trainable": [p.name for p in request.params if p.trainable],
         "frozen": [p.name for p in request.params if not p.trainable],
     }
-    answer, blobs = child.call("build", header, [request.model.SerializeToString()], _TIMEOUT_S)
+    sent = [m.SerializeToString() for m in (request.model, graphs.loss)]
+    answer, blobs = child.call("build", header, sent, _TIMEOUT_S)
     files = dict(zip(ORT_FILES, blobs, strict=True))
     for name in files:
         if name.endswith(".onnx"):

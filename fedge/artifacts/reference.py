@@ -18,7 +18,7 @@ from fedge.errors import ArtifactError, EngineError
 from fedge.pipe import Child, Frame, serve
 from fedge.platform import silence_telemetry
 from fedge.seeds import derive_seed
-from fedge.types import Examples, Params
+from fedge.types import Array, Examples, Params
 
 ROWS = 4
 _TIMEOUT_S = 300.0
@@ -31,7 +31,7 @@ def draw_examples(
 
     Args:
         inputs: Model inputs; floats are drawn from a standard normal distribution.
-        labels: Drawn from their range.
+        labels: Drawn from their range, if it has one.
         sample: Rows of real inputs; integer inputs are taken from them, since only the model
             knows which integers are valid. Without one they are 0 or 1.
     """
@@ -45,11 +45,17 @@ def draw_examples(
             values[spec.name] = np.resize(sample[spec.name], shape).astype(spec.dtype)
         else:
             values[spec.name] = rng.integers(0, 2, shape).astype(spec.dtype)
-    shape = _shape(labels.shape)
-    if labels.low is None or labels.high is None:
-        return Examples(values, rng.standard_normal(shape).astype(labels.dtype))
-    drawn = rng.integers(int(labels.low), int(labels.high) + 1, shape)
-    return Examples(values, drawn.astype(labels.dtype))
+    return Examples(values, _draw_labels(labels, rng))
+
+
+def _draw_labels(spec: LabelSpec, rng: np.random.Generator) -> Array:
+    """Whole numbers from the range, the lowest two where it has no end; normal without one."""
+    shape = _shape(spec.shape)
+    if spec.low is None and spec.dtype == "float32":
+        return rng.standard_normal(shape).astype(spec.dtype)
+    low = 0 if spec.low is None else int(spec.low)
+    high = low + 1 if spec.high is None else int(spec.high)
+    return rng.integers(low, high + 1, shape).astype(spec.dtype)
 
 
 def record(grad_model: bytes, examples: Examples, labels: str, params: Params) -> Reference:

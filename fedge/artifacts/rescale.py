@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from fedge.artifacts.admission import admit_model
 from fedge.artifacts.bundle import Bundle
 from fedge.artifacts.manifest import PREPROCESS
-from fedge.artifacts.model import strip
 from fedge.artifacts.preprocessing import Preprocessing, build_preprocessor
 from fedge.artifacts.signing import generate_signing_key
+from fedge.artifacts.strip import strip
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from fedge.config import TrainConfig
+from fedge.config import Schedule, TrainConfig
 from fedge.errors import DataError
 from fedge.seeds import derive_seed
 from fedge.types import Indices
@@ -44,6 +44,14 @@ def num_steps(num_rows: int, config: TrainConfig) -> int:
     if config.steps is not None:
         return config.steps
     return math.ceil(num_rows / config.batch_size) * (config.epochs or 1)
+
+
+def learning_rates(num_rows: int, config: TrainConfig) -> Iterator[float] | None:
+    """The learning rate of one step after another; None where it stays ``config.lr``."""
+    if config.schedule == Schedule():
+        return None
+    total = num_steps(num_rows, config)
+    return (config.lr * config.schedule.factor(t, total) for t in range(total))
 
 
 def _pass(num_rows: int, shuffle: bool, seed: int) -> Indices:

@@ -15,15 +15,34 @@ from fedge.errors import ArtifactError, DataError
 from fedge.types import Array, Examples, Params
 
 
+def check_training(manifest: Manifest, data: Examples) -> Examples:
+    """Preprocessed rows to train on, with the extras training asks for; as check_examples."""
+    inputs = check_inputs(manifest.training_inputs, data.inputs)
+    return Examples(inputs, _checked_labels(manifest, data.labels))
+
+
 def check_examples(manifest: Manifest, data: Examples) -> Examples:
-    """Preprocessed rows and labels in the manifest's dtypes, C order.
+    """Preprocessed rows and labels in the manifest's dtypes, C order; extras are left out.
 
     Raises:
         DataError: For no rows, missing or foreign inputs, a wrong shape or dtype, NaN or infinity,
             or a label outside the manifest's range.
     """
-    inputs = check_inputs(manifest.inputs, data.inputs)
-    return Examples(inputs, check_labels(manifest.labels, data.labels))
+    inputs = check_inputs(manifest.inputs, without_extras(manifest, data.inputs))
+    return Examples(inputs, _checked_labels(manifest, data.labels))
+
+
+def without_extras(manifest: Manifest, inputs: Params) -> Params:
+    """The inputs that are the model's own."""
+    extras = {s.name for s in manifest.extras}
+    return {n: a for n, a in inputs.items() if n not in extras}
+
+
+def _checked_labels(manifest: Manifest, labels: Array) -> Array:
+    ready = check_labels(manifest.labels, labels)
+    if manifest.loss == "cox" and not np.isin(ready[:, 1], (0, 1)).all():
+        raise DataError("labels are [time, event]; an event is neither 0 (censored) nor 1")
+    return ready
 
 
 def check_inputs(specs: Sequence[TensorSpec], inputs: Params) -> Params:
@@ -52,7 +71,10 @@ def check_labels(spec: LabelSpec, labels: Array) -> Array:
     if raw.ndim and (raw.ndim == 1) != (len(spec.shape) == 1) and raw.size == raw.shape[0]:
         raw = raw.reshape(-1, *[1] * (len(spec.shape) - 1))
     ready = _check("labels", raw, spec.dtype, spec.shape)
-    low, high = ready.min(), ready.max()
+    counted = ready if spec.ignore is None else ready[ready != spec.ignore]
+    if not counted.size:
+        return ready
+    low, high = counted.min(), counted.max()
     if (spec.low is not None and low < spec.low) or (spec.high is not None and high > spec.high):
         raise DataError(
             f"labels run from {low} to {high}; the model knows {spec.low} … {spec.high}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -64,8 +63,8 @@ def engine_errors(doing: str) -> Iterator[None]:
 
 
 def row_buffers(manifest: Manifest, size: int) -> Params:
-    """Zeroed buffers for ``size`` rows of every model input and of the labels, by name."""
-    specs = [(s.name, s.dtype, s.shape) for s in manifest.inputs]
+    """Zeroed buffers for ``size`` rows of every training input and of the labels, by name."""
+    specs = [(s.name, s.dtype, s.shape) for s in manifest.training_inputs]
     specs.append((manifest.labels.name, manifest.labels.dtype, manifest.labels.shape))
     return {n: np.zeros((size, *(int(d) for d in shape[1:])), t) for n, t, shape in specs}
 
@@ -73,14 +72,3 @@ def row_buffers(manifest: Manifest, size: int) -> Params:
 def shared(array: Array) -> Any:  # noqa: ANN401 - onnxruntime's OrtValue
     """An OrtValue over the array's own memory (on the CPU nothing is copied)."""
     return ort.OrtValue.ortvalue_from_numpy(array)
-
-
-def finite_loss(loss: float, steps: int) -> float:
-    """The loss, if it is a number.
-
-    Raises:
-        EngineError: If training diverged.
-    """
-    if not math.isfinite(loss):
-        raise EngineError(f"training diverged: the loss is {loss} after {steps} steps; lower lr")
-    return loss

@@ -10,7 +10,7 @@ import numpy as np
 from fedge.artifacts.bundle import Bundle
 from fedge.artifacts.manifest import EVALUATE, INFER, PREPROCESS
 from fedge.engines.base import EvalResult
-from fedge.engines.checks import check_examples, check_inputs
+from fedge.engines.checks import check_examples, check_inputs, without_extras
 from fedge.engines.files import read_model
 from fedge.engines.runtime import Session
 from fedge.types import Array, Examples, Params
@@ -25,12 +25,15 @@ class Scorer:
         self._bundle, self._manifest, self._threads = bundle, bundle.manifest, threads
 
     def preprocess(self, raw: Examples, site: Params | None) -> Examples:
-        """Raw rows as the model takes them; labels pass through."""
+        """Raw rows as the model takes them; labels and what only training asks for pass through."""
         fixed = {n: np.ascontiguousarray(v, np.float32) for n, v in (site or {}).items()}
-        inputs = check_inputs(self._manifest.raw_inputs, raw.inputs)
+        own = without_extras(self._manifest, raw.inputs)
+        extras = {n: a for n, a in raw.inputs.items() if n not in own}
+        inputs = check_inputs(self._manifest.raw_inputs, own)
         parts = [self._preprocess.run({**c, **fixed}) for c in _chunks(inputs, PREPROCESS_ROWS)]
         joined = _join(parts)
-        return Examples({n.removesuffix("@pre"): v for n, v in joined.items()}, raw.labels)
+        ready = {n.removesuffix("@pre"): v for n, v in joined.items()}
+        return Examples({**ready, **extras}, raw.labels)
 
     def evaluate(self, params: Params, data: Examples, batch_size: int) -> EvalResult:
         """Loss weighted by rows, and outputs."""

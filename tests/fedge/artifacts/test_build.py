@@ -310,7 +310,7 @@ def test_a_host_without_training_interpreter_says_so(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss": "hinge"}, "loss 'hinge' is unknown; known: bce_with_logits, cross_entropy, mse"),
+        ({"loss": "hinge"}, "loss 'hinge' is unknown; known: bce_with_logits, cox, cross_en"),
         ({"optimizer": "lamb"}, "optimizer 'lamb' is unknown; known: adamw, sgd"),
         ({"optimizer": {"name": "sgd", "moment": 1}}, "sgd has no setting 'moment'"),
         ({"trainable": "layer*"}, r"trainable: 'layer\*' matches none of: W, b"),
