@@ -182,16 +182,19 @@ def _personalize(hospitals: list[_Hospital], processes: Processes) -> list[dict[
 
 
 def _fresh(out: Path) -> Path:
+    """An empty folder; what an earlier demo left in it goes, and nothing else ever does."""
+    missing = [name for name in ("matplotlib", "sklearn") if importlib.util.find_spec(name) is None]
+    if missing:  # found without importing: matplotlib would write into HOME
+        raise EngineUnavailableError(f"the demo needs fedge[sim]: {', '.join(missing)} is missing")
     out = out.absolute()
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise ConfigError(f"{out} is a link or a file; give an empty folder with --out")
     if out.exists():
         if not (out / MARKER).exists() and any(out.iterdir()):
             raise ConfigError(f"{out} holds other files; give an empty folder with --out")
         shutil.rmtree(out)
     out.mkdir(parents=True)
     (out / MARKER).touch()
-    missing = [name for name in ("matplotlib", "sklearn") if importlib.util.find_spec(name) is None]
-    if missing:  # found without importing: matplotlib would write into HOME
-        raise EngineUnavailableError(f"the demo needs fedge[sim]: {', '.join(missing)} is missing")
     return out
 
 
