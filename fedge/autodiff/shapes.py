@@ -30,7 +30,8 @@ MAX_ELEMENTS = 1 << 18  # of a value worth computing
 _OTHERS: tuple[Callable[[int], int], ...] = (lambda n: n - 1, lambda n: n // 2, lambda n: 2 * n)
 _MAX_SHAPE_ELEMENTS = 1 << 10  # of a value that shape inference may ask for
 _RANDOM = ("Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomUniform")
-_SAME_SHAPE = ("BiasGelu", "FastGelu", "Gelu", "QuickGelu")  # of com.microsoft
+# The output is of the first input's type: com.microsoft, and where ONNX's inference says nothing.
+_SAME_SHAPE = ("BiasGelu", "FastGelu", "Gelu", "GroupNormalization", "QuickGelu")
 
 
 @dataclass
@@ -152,8 +153,9 @@ def _types(
     if any(n not in known.types for n in inputs) or _carries_graph(node):
         return
     domain = node.domain.removeprefix("ai.onnx")
-    if domain == "com.microsoft" and node.op_type in _SAME_SHAPE:
+    if node.op_type in _SAME_SHAPE:
         known.types[node.output[0]] = known.types[inputs[0]]
+        return
     if not onnx.defs.has(node.op_type, domain):
         return
     schema = onnx.defs.get_schema(node.op_type, opsets.get(domain, 1), domain)

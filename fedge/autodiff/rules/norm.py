@@ -1,13 +1,90 @@
-"""Normalization. LayerNormalization has a body of differentiable operators and needs no rule."""
+"""Normalization over a layer, its root mean square, a group, an instance or the batch."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from fedge.autodiff.ops import Ops, Value, attribute, shape_of
+from fedge.autodiff.ops import Ops, Value, attribute, shape_of, static_dims
 from fedge.autodiff.registry import Gradients, vjp_rule
+
+
+@vjp_rule("LayerNormalization")
+def layer_norm(
+    op: Ops,
+    node: ir.Node,
+    dy: Value | None,
+    d_mean: Value | None = None,
+    d_inverse: Value | None = None,
+) -> Gradients:
+    """y = x̂ w + b over the axes from ``axis`` on; the node puts out mean and 1 / σ as well."""
+    x, w, *bias = node.inputs
+    rank = len(shape_of(x))
+    axes = range(attribute(node, "axis", -1) % rank, rank)
+    mean, inverse = _layer_statistics(node)
+    x_hat = op.Mul(op.Sub(x, mean), inverse)
+    dx, dw, db = None, None, None
+    if dy is not None:
+        dx = _through(op, op.Mul(dy, w), (x_hat, inverse), axes)
+        dw = op.unbroadcast(op.Mul(dy, x_hat), x, w)
+        db = op.unbroadcast(dy, x, bias[0]) if bias and bias[0] is not None else None
+    per_element = 1.0 / math.prod(static_dims(x, slice(axes.start, None)))
+    if d_mean is not None:
+        dx = _sum(op, dx, op.Expand(op.Mul(d_mean, per_element), op.Shape(x)))
+    if d_inverse is not None:
+        slope = op.Mul(op.Mul(inverse, inverse), -per_element)
+        dx = _sum(op, dx, op.Mul(x_hat, op.Mul(d_inverse, slope)))
+    return dx, dw, db
+
+
+def _layer_statistics(node: ir.Node) -> tuple[Value, Value]:
+    """Mean and 1 / σ, which the node is made to put out."""
+    node.resize_outputs(3)
+    for value, name in zip(node.outputs[1:], ("mean", "inverse"), strict=True):
+        value.name = value.name or f"{node.outputs[0].name}@{name}"
+    return node.outputs[1], node.outputs[2]
+
+
+def _sum(op: Ops, a: Value | None, b: Value) -> Value:
+    return b if a is None else op.Add(a, b)
+
+
+@vjp_rule("RMSNormalization")
+def rms_norm(op: Ops, node: ir.Node, dy: Value) -> Gradients:
+    """y = x̂ w with x̂ = x / √(mean(x²) + ε) over the axes from ``axis`` on."""
+    x, w = node.inputs
+    rank = len(shape_of(x))
+    axes = range(attribute(node, "axis", -1) % rank, rank)
+    square = op.mean(op.Mul(x, x), axes)
+    inverse = op.Reciprocal(op.Sqrt(op.Add(square, attribute(node, "epsilon", 1e-5))))
+    x_hat = op.Mul(x, inverse)
+    dw = op.Mul(dy, x_hat)
+    d_hat = op.Mul(dy, w)
+    shared = op.Mul(x_hat, op.mean(op.Mul(d_hat, x_hat), axes))
+    return op.Mul(op.Sub(d_hat, shared), inverse), op.unbroadcast(dw, x, w)
+
+
+@vjp_rule("GroupNormalization")
+def group_norm(op: Ops, node: ir.Node, dy: Value) -> Gradients:
+    """y = x̂ w + b, x̂ normalized over the channels and positions of each row and group.
+
+    Before opset 21 there is one w and b per group, since then one per channel.
+    """
+    x, w, _ = node.inputs
+    groups = op.ints([0, attribute(node, "num_groups"), -1])
+    rank = len(shape_of(x))
+    unit, inverse = _normalized(op, op.Reshape(x, groups), [2], attribute(node, "epsilon", 1e-5))
+    if op.opset < 21:
+        d_unit = op.Mul(op.Reshape(dy, groups), _per_channel(op, w, 3))
+        weighted = op.Mul(op.Reshape(dy, groups), unit)
+        dw, db = op.sum(weighted, [0, 2]), op.sum(op.Reshape(dy, groups), [0, 2])
+    else:
+        d_unit = op.Reshape(op.Mul(dy, _per_channel(op, w, rank)), groups)
+        weighted = op.Mul(dy, op.reshape_like(unit, x))
+        dw, db = (op.sum(v, [0, *range(2, rank)]) for v in (weighted, dy))
+    return op.reshape_like(_through(op, d_unit, (unit, inverse), [2]), x), dw, db
 
 
 @vjp_rule("InstanceNormalization")

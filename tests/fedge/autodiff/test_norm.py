@@ -14,6 +14,7 @@ from onnx import parser
 from torch import nn
 from torch.nn import functional as F
 
+from fedge.autodiff import vjp
 from fedge.autodiff.prepare import finish, load, normalize
 from fedge.autodiff.rewrite import batch_statistics
 from fedge.types import Array, Params
@@ -92,3 +93,93 @@ def test_running_statistics_are_torchs(run_model: Run, uses: int) -> None:
     assert module.running_var is not None
     np.testing.assert_allclose(result["mean@next"], module.running_mean.numpy(), rtol=1e-5)
     np.testing.assert_allclose(result["var@next"], module.running_var.numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("axis", "opset"), [(-1, 17), (1, 17), (2, 21), (-2, 23)])
+@given(n=sizes, seed=seeds, bias=st.booleans())
+@few
+def test_layer_norm(check: Check, axis: int, opset: int, n: int, seed: int, bias: bool) -> None:
+    x = 1 + 2 * normal(seed, n, 4, 5)
+    shape = x.shape[axis:]
+    operands = [x, normal(seed + 1, *shape), normal(seed + 2, *shape)][: 2 + bias]
+    check(
+        "LayerNormalization",
+        lambda x, w, b=None: F.layer_norm(x, shape, w, b, 1e-3),
+        operands,
+        opset,
+        axis=axis,
+        epsilon=1e-3,
+    )
+
+
+def test_every_output_of_layer_norm(run_model: Run) -> None:
+    text = (
+        '<ir_version: 8, opset_import: ["" : 17]>'
+        "g (float[N,4] x) => (float[N,4] y, float[N,1] mean, float[N,1] inverse)"
+        "<float[4] w = {1,2,3,4}> {y, mean, inverse = LayerNormalization(x, w)}"
+    )
+    x = 2 * normal(0, 3, 4)
+    cotangents = {
+        n: normal(i, 3, 4 if n == "y" else 1) for i, n in enumerate(["y", "mean", "inverse"])
+    }
+    given = torch.tensor(x, dtype=torch.float64, requires_grad=True)
+    mean = given.mean(1, keepdim=True)
+    inverse = ((given - mean).square().mean(1, keepdim=True) + 1e-5).rsqrt()
+    y = (given - mean) * inverse * torch.tensor([1.0, 2, 3, 4])
+    wanted = {"y": y, "mean": mean, "inverse": inverse}
+    for names in (["mean"], ["inverse"], ["y", "mean", "inverse"]):
+        found = vjp(parser.parse_model(text), outputs=names, wrt=["x"])
+        feeds = {"x": x, **{f"{n}@cotangent": cotangents[n] for n in names}}
+        loss = sum((wanted[n] * torch.tensor(cotangents[n])).sum() for n in names)
+        (grad,) = torch.autograd.grad(loss, given, retain_graph=True)
+        np.testing.assert_allclose(run_model(found, feeds)["x@grad"], grad.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("axis", [-1, 1])
+@given(n=sizes, seed=seeds)
+@few
+def test_rms_norm(check: Check, axis: int, n: int, seed: int) -> None:
+    x = normal(seed, n, 4, 5)
+    w = normal(seed + 1, *x.shape[axis:])
+    check(
+        "RMSNormalization",
+        lambda x, w: F.rms_norm(x, w.shape, w, eps=1e-3),
+        [x, w],
+        23,
+        axis=axis,
+        epsilon=1e-3,
+    )
+
+
+@pytest.mark.parametrize("opset", [18, 21])
+@given(n=sizes, seed=seeds, groups=st.sampled_from([1, 2, 6]), rank=st.integers(1, 2))
+@few
+def test_group_norm(check: Check, opset: int, n: int, seed: int, groups: int, rank: int) -> None:
+    count = 6 if opset >= 21 else groups
+    x = 1 + normal(seed, n, 6, *[3] * rank)
+
+    def reference(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        w, b = (v.repeat_interleave(6 // count) for v in (w, b))
+        return F.group_norm(x, groups, w, b, eps=1e-3)
+
+    operands = [x, normal(seed + 1, count), normal(seed + 2, count)]
+    check(
+        "GroupNormalization",
+        reference,
+        operands,
+        opset,
+        checked=opset >= 21,  # the form with weights per group is deprecated
+        num_groups=groups,
+        epsilon=1e-3,
+    )
+
+
+def test_layers_after_group_norm_know_their_shape(run_model: Run) -> None:
+    text = (
+        '<ir_version: 8, opset_import: ["" : 21]>'
+        "g (float[N,4,3] x) => (float[N,12] y) <float[4] w = {1,2,3,4}>"
+        "{h = GroupNormalization<num_groups=2>(x, w, w) y = Flatten(h)}"
+    )
+    found = vjp(parser.parse_model(text), outputs=["y"], wrt=["w"])
+    feeds = {"x": normal(0, 2, 4, 3), "y@cotangent": np.ones((2, 12), np.float32)}
+    assert run_model(found, feeds)["w@grad"].shape == (4,)
