@@ -32,13 +32,16 @@ class Examples:
         labels: One label per row; the bundle says dtype and trailing shape.
 
     Raises:
-        DataError: If the arrays differ in their number of rows.
+        DataError: If they are no arrays, or differ in their number of rows.
     """
 
     inputs: dict[str, Array]
     labels: Array
 
     def __post_init__(self) -> None:
+        arrays = [*self.inputs.values(), self.labels] if isinstance(self.inputs, dict) else []
+        if not arrays or any(not getattr(a, "shape", ()) for a in arrays):
+            raise DataError("inputs must be {input name: array}, labels an array, rows first")
         rows = {name: int(a.shape[0]) for name, a in self.inputs.items()}
         rows["labels"] = int(self.labels.shape[0])
         if len(set(rows.values())) != 1:

@@ -62,7 +62,9 @@ class DataConfig:
         path = Path(self.path)
         if not path.is_file():
             what = "is a folder" if path.is_dir() else "does not exist"
-            raise DataError(f"data file {path} {what}; set path in {FILE} [data] or give --data")
+            raise DataError(
+                f"data file {path} {what}; check the path given or set in {FILE} [data]"
+            )
         if not os.access(path, os.R_OK):
             raise DataError(f"data file {path} is not readable by this user; check its permissions")
 

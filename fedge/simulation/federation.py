@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from fedge import rounds as machine
 from fedge.artifacts.bundle import Bundle
-from fedge.config import RunConfig
+from fedge.artifacts.manifest import ENGINE_FILES
+from fedge.config import RunConfig, from_mapping
 from fedge.engines import TrainingEngine, open_engine
 from fedge.errors import ConfigError
 from fedge.flower.coordinator import Coordinator, least_nodes
@@ -18,13 +21,14 @@ from fedge.rounds import Event
 from fedge.simulation.grid import LocalGrid, LocalWork
 from fedge.simulation.run import Run
 from fedge.strategies.fedavg import FedAvg
-from fedge.types import ClientData
+from fedge.types import ClientData, ClientId
 
 if TYPE_CHECKING:
     from flwr.serverapp.strategy import Strategy
 
 RUN_ID = "local"
 MAX_ATTEMPTS = 3  # virtual clients do not come back by themselves
+_log = logging.getLogger(__name__)
 DEADLINE_S = 24 * 3600.0  # a simulation waits for its slowest client
 
 
@@ -64,7 +68,8 @@ class Federation:
     ) -> None:
         if scaling not in (None, "global"):
             raise ConfigError(f"scaling={scaling!r} is unknown; give 'global' or None")
-        self._clients = list(clients)
+        _check_arguments(bundle, strategy, engine)
+        self._clients = _checked_clients(clients)
         self._strategy = strategy or FedAvg()
         self._seed, self._engine, self._local = seed, engine, local
         default = 1 if local is not None else os.cpu_count() or 1
@@ -99,18 +104,21 @@ class Federation:
             ConfigError: If settings contradict each other or the number of clients.
             EngineError: If a round got too few usable updates three times over; says why.
         """
-        config = RunConfig(
-            rounds=rounds,
-            min_clients=self._quorum(min_clients),
-            cohort_size=cohort_size,
-            deadline_s=DEADLINE_S,
-            evaluate=evaluate,
-            seed=self._seed,
-        )
+        settings = {
+            "rounds": rounds,
+            "min_clients": self._quorum(min_clients),
+            "cohort_size": cohort_size,
+            "deadline_s": DEADLINE_S,
+            "evaluate": evaluate,
+            "seed": self._seed,
+        }
+        config = from_mapping(RunConfig, settings, "run")
         events: list[Event] = []
+        known: set[ClientId] = set()
 
         def note(event: Event) -> None:
             events.append(event)
+            _warn_of_dropped(event, known)
             if observer is not None:
                 observer(event)
 
@@ -175,3 +183,41 @@ class Federation:
         with self._grid(bundle) as grid:
             mean, std = collect_statistics(grid, RUN_ID).standardize()
         return with_preprocessing(bundle, Standardize(mean, std))
+
+
+def _check_arguments(bundle: Bundle, strategy: object, engine: str) -> None:
+    if not isinstance(bundle, Bundle):
+        raise ConfigError(
+            f"bundle is a {type(bundle).__name__}; give what fedge.build or Bundle.open returned"
+        )
+    if strategy is not None and (isinstance(strategy, type) or not _is_strategy(strategy)):
+        what = f"the class {strategy.__name__}" if isinstance(strategy, type) else repr(strategy)
+        raise ConfigError(f"strategy is {what}; give an object, such as fedge.strategies.FedAvg()")
+    if engine != "auto" and engine not in ENGINE_FILES:
+        raise ConfigError(f"engine={engine!r} is unknown; known: auto, {', '.join(ENGINE_FILES)}")
+
+
+def _is_strategy(strategy: object) -> bool:
+    return hasattr(strategy, "configure_train") and hasattr(strategy, "aggregate_train")
+
+
+def _checked_clients(clients: Sequence[ClientData]) -> list[ClientData]:
+    for client in clients:
+        if not isinstance(client, ClientData):
+            raise ConfigError(
+                f"clients hold a {type(client).__name__}; give fedge.ClientData objects, such as "
+                "those of fedge.data.partition"
+            )
+        if not isinstance(client.client_id, str) or not client.client_id:
+            raise ConfigError(f"client id {client.client_id!r}; wanted text that is not empty")
+    return list(clients)
+
+
+def _warn_of_dropped(event: Event, known: set[ClientId]) -> None:
+    """A client whose data do not fit is missing from the table: say so, once per client."""
+    if not isinstance(event, (machine.RoundCommitted, machine.RoundEvaluated)):
+        return
+    for client_id in sorted(event.dropped.keys() - known):
+        known.add(client_id)
+        reason = event.dropped[client_id]
+        _log.warning("round %d: %s is left out: %s", event.round_num, client_id, reason)

@@ -8,13 +8,14 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeAlias
 
+import numpy as np
 from flwr.app import ArrayRecord, Message
 
 from fedge import local, tensors
 from fedge import params as algebra
 from fedge.artifacts.manifest import Manifest
 from fedge.engines.base import TrainingEngine
-from fedge.errors import ConfigError, FedgeError, WorkerDiedError
+from fedge.errors import ConfigError, DataError, FedgeError, WorkerDiedError
 from fedge.flower import messages
 from fedge.flower.grid import FleetGrid, Group, message_id_of, node_id_of
 from fedge.flower.identity import set_message_id
@@ -180,12 +181,14 @@ class LocalGrid(FleetGrid):
     def _own_work(
         self, work: LocalWork, client: _Virtual, shared: Params, task: local.TrainTask
     ) -> tuple[Update, Params]:
+        if task.config.proximal_mu:
+            raise ConfigError("a local function of your own is not told proximal_mu; use FedAvg")
         name = client.data.client_id
         before = {**self._initial, **client.personal, **shared}
         seed = derive_seed(task.seed, task.round_num, name, "batches")
         given = algebra.copy(before)
         after, num_examples, metrics = work(name, client.data, given, task.round_num, seed)
-        after = {**before, **after}
+        after = {**before, **_fitting(after, before)}
         delta = compute_delta(after, {n: shared[n] for n in self._manifest.shared})
         update = Update(name, task.round_num, delta, num_examples, messages.finite(metrics))
         return update, algebra.select(after, self._manifest.personal)
@@ -207,6 +210,20 @@ class LocalGrid(FleetGrid):
             client.site = local.prepare(lane.engine(), self._manifest, client.data)
         site = client.site
         return local.Site(site.client_id, site.train, site.test, client.personal)
+
+
+def _fitting(found: Params, wanted: Params) -> Params:
+    """What a researcher's function returned, as arrays of the model's shapes and dtypes."""
+    unknown = sorted(found.keys() - wanted.keys())
+    if unknown:
+        raise DataError(f"local returned {unknown[0]!r}; the params are {', '.join(wanted)}")
+    arrays = {n: np.asarray(v, wanted[n].dtype) for n, v in found.items()}
+    for name, array in arrays.items():
+        if array.shape != wanted[name].shape:
+            raise DataError(
+                f"local returned {name} {list(array.shape)}; wanted {list(wanted[name].shape)}"
+            )
+    return arrays
 
 
 class _Virtual:

@@ -31,12 +31,12 @@ def plot_rounds(metrics: pd.DataFrame, title: str) -> Figure:
 
 
 def _plot_scores(axes: Axes, metrics: pd.DataFrame) -> None:
-    score = next((n for n in ("accuracy", "rmse") if n in metrics), None)
+    score = next((n for n in ("accuracy", "rmse", "concordance") if n in metrics), None)
     if score is None:
         score = "train_loss"
         axes.plot(metrics["round"], metrics[score], label="mean")
     else:
-        axes.plot(metrics["round"], metrics[score], label="mean over clients")
+        axes.plot(metrics["round"], metrics[score], label="mean over all rows")
         axes.plot(metrics["round"], metrics[f"worst_{score}"], "--", label="worst client")
     axes.set(xlabel="round", ylabel=score.replace("_", " "))
     axes.grid(alpha=0.3)

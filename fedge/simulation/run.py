@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _TRAINING = ("num_examples", "train_loss")
-_SCORES = ("test_examples", "loss", "accuracy", "rmse", "auc")
+_SCORES = ("test_examples", "loss", "accuracy", "rmse", "concordance", "auc")
 _TRAFFIC = ("bytes_up", "bytes_down", "seconds")
 COLUMNS = ("round", "client_id", *_TRAINING, *_SCORES, *_TRAFFIC)
 
@@ -55,7 +55,7 @@ class Run:
         import pandas as pd
 
         frame = pd.DataFrame(client_rows(self.events), columns=list(COLUMNS))
-        unused = [c for c in ("accuracy", "rmse", "auc") if frame[c].isna().all()]
+        unused = [c for c in ("accuracy", "rmse", "concordance", "auc") if frame[c].isna().all()]
         whole = ("num_examples", "test_examples", "bytes_up", "bytes_down")
         return frame.drop(columns=unused).astype(dict.fromkeys(whole, "Int64"))
 
@@ -82,13 +82,16 @@ class Run:
         Args:
             path: File to write.
             client_id: Take this client's personal params and, where scaling is per site, its
-                statistics. Needed where scaling is per site.
+                statistics. Needed where params are personal or scaling is per site.
 
         Raises:
-            ConfigError: If there is no such client.
+            ConfigError: If there is no such client, or none is named and there are personal params.
             DataError: If scaling is per site and no client is named.
         """
         if client_id is None:
+            if self.personal:
+                names = ", ".join(self.bundle.manifest.personal)
+                raise ConfigError(f"{names} belong to the clients; say whose: client_id=…")
             return export(self.bundle, self.params, path)
         data = {c.client_id: c for c in self.clients}.get(client_id)
         if data is None:
@@ -146,7 +149,7 @@ def _merge(into: Row, row: Row, scores: bool) -> None:
 
 
 def _worst(rows: Sequence[Row]) -> dict[str, float]:
-    for name, pick in (("accuracy", min), ("rmse", max)):
+    for name, pick in (("accuracy", min), ("rmse", max), ("concordance", min)):
         values = [r[name] for r in rows if name in r]
         if values:
             return {f"worst_{name}": pick(values)}

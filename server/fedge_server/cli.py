@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
         description="Train a model on devices that keep their data.",
         epilog="example: fedge-server start model.onnx --loss cross_entropy --lr 0.1",
     )
-    top.add_argument("--version", action="version", version=f"fedge {fedge.__version__}")
+    top.add_argument("--version", action="version", version=f"fedge-server {fedge.__version__}")
     top.add_argument("-v", "--verbose", action="store_true", help="log more; show tracebacks")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in _COMMANDS:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fedge.artifacts.bundle import MANIFEST, Bundle
-from fedge.artifacts.manifest import LOSSES
 from fedge.errors import ConfigError
+from fedge.losses import NAMES as LOSSES
 from fedge.platform import exclusive, private_dir, silence_telemetry
 from fedge_server import cli, config, example
 from fedge_server import state as states
@@ -136,7 +136,8 @@ def make_bundle(state: ServerState, settings: Settings) -> Bundle:
     if path is not None and (path / MANIFEST).is_file():
         return Bundle.open(path)
     if path is not None and not path.is_file():
-        raise ConfigError(f"{path} is neither an ONNX file nor a bundle folder")
+        what = "is a folder without a bundle" if path.is_dir() else "does not exist"
+        raise ConfigError(f"model {path} {what}; give an ONNX file or a bundle folder")
     if path is not None:
         _require(settings, str(path))
     from fedge.artifacts.build import build
@@ -144,7 +145,7 @@ def make_bundle(state: ServerState, settings: Settings) -> Bundle:
 
     return build(
         str(path) if path else example.model(),
-        loss=model.loss or "bce_with_logits",
+        loss={**model.loss_settings, "name": model.loss or "bce_with_logits"},
         optimizer=model.optimizer,
         preprocessing=SiteStandardize() if model.scaling == "site" else None,
         train=settings.train,

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -42,3 +44,11 @@ def test_client_data_may_hold_nothing_out() -> None:
     client = ClientData("ward-3", _rows(4))
     assert client.test is None
     assert len(client.train) == 4
+
+
+@pytest.mark.parametrize(
+    ("inputs", "labels"), [(np.zeros((2, 3)), np.zeros(2)), ({"x": np.zeros((2, 3))}, [0, 1])]
+)
+def test_examples_are_arrays_by_name(inputs: Any, labels: Any) -> None:
+    with pytest.raises(DataError, match="inputs must be"):
+        Examples(inputs, labels)

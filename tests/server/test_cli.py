@@ -115,7 +115,7 @@ def test_start_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["nodes", "ls"], 10, "holds no federation"),
         (["export", "m.onnx"], 10, "holds no federation"),
         (["start", "--loss", "hinge"], 2, "choose one of bce_with_logits"),
-        (["start", "nothing.onnx", "--loss", "mse", "--lr", "1"], 2, "neither an ONNX file"),
+        (["start", "nothing.onnx", "--loss", "mse", "--lr", "1"], 2, "nothing.onnx does not exist"),
         (["start", "--config", "nothing.toml"], 2, "cannot read settings"),
     ],
 )

@@ -137,7 +137,7 @@ def test_the_metrics_have_a_line_per_round(run: Run) -> None:
 
 def test_the_picture_shows_mean_and_worst(run: Run) -> None:
     scores, traffic = run.plot().axes
-    assert [line.get_label() for line in scores.lines] == ["mean over clients", "worst client"]
+    assert [line.get_label() for line in scores.lines] == ["mean over all rows", "worst client"]
     assert scores.lines[1].get_ydata().tolist() == run.metrics["worst_accuracy"].tolist()
     assert traffic.lines[0].get_ydata()[-1] == run.metrics["bytes_up"].sum() / 2**20
 
@@ -207,6 +207,8 @@ def test_personal_params_stay_with_their_client() -> None:
     assert all(not np.array_equal(heads[0], h) for h in heads[1:])
     assert run.personal.keys() == {c.client_id for c in HOSPITALS}
     assert run.personal["east"].keys() == {"w2", "b2"}
+    with pytest.raises(ConfigError, match="w2, b2 belong to the clients; say whose"):
+        run.export("model.onnx")
     shared = {n: v for n, v in initial.items() if n in ("w1", "b1")}
     assert (run.table["bytes_up"] < 1.5 * sum(v.nbytes for v in shared.values()) + 600).all()
 
@@ -245,12 +247,34 @@ def test_a_run_in_which_everybody_fails_says_why(bundle: fedge.Bundle) -> None:
         federation.run(rounds=1)
 
 
-def test_a_client_whose_rows_do_not_fit_is_dropped(bundle: fedge.Bundle) -> None:
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"weight": np.zeros(3)}, "local returned 'weight'; the params are w1, b1, w2, b2"),
+        ({"b1": np.zeros(3)}, r"local returned b1 \[3\]; wanted \[8\]"),
+    ],
+)
+def test_what_a_function_returns_must_fit(
+    bundle: fedge.Bundle, params: Params, message: str
+) -> None:
+    def work(*_: object) -> tuple[Params, int, Metrics]:
+        return params, 1, {"train_loss": 0.0}
+
+    with pytest.raises(EngineError, match=message):
+        fedge.Federation(bundle, HOSPITALS, local=work, engine="ort").run(rounds=1)
+
+
+def test_a_client_whose_rows_do_not_fit_is_dropped(
+    bundle: fedge.Bundle, caplog: pytest.LogCaptureFixture
+) -> None:
     narrow = fedge.Examples({"x": np.zeros((5, 3), np.float32)}, np.zeros(5, np.int64))
     empty = fedge.Examples({"x": np.zeros((0, 30), np.float32)}, np.zeros(0, np.int64))
     events: list[rounds.Event] = []
     clients = [*HOSPITALS, ClientData("narrow", narrow), ClientData("empty", empty)]
     run = fedge.Federation(bundle, clients, engine="ort").run(rounds=1, observer=events.append)
+    empty_line, narrow_line = caplog.messages
+    assert empty_line.startswith("round 1: empty is left out: 0 training rows")
+    assert narrow_line.startswith("round 1: narrow is left out: x has shape [5, 3]")
     (commit,) = [e for e in events if isinstance(e, rounds.RoundCommitted)]
     assert commit.dropped.keys() == {"narrow", "empty"}
     assert list(run.metrics["dropped"]) == [2]
@@ -301,6 +325,30 @@ def test_settings_that_contradict_each_other_are_refused(bundle: fedge.Bundle) -
         fedge.Federation(bundle, HOSPITALS, engine="ort").run(rounds=1, cohort_size=1)
     with pytest.raises(ConfigError, match="without clients"):
         fedge.Federation(bundle, [], engine="ort").run(rounds=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bundle": "folder"}, "bundle is a str"),
+        ({"clients": [(1, 2)]}, "clients hold a tuple"),
+        ({"clients": [ClientData("", HOSPITALS[0].train)]}, "client id ''"),
+        ({"strategy": "fedavg"}, "strategy is 'fedavg'"),
+        ({"strategy": flower.FedAvg}, "strategy is the class FedAvg"),
+        ({"engine": "onnx"}, "engine='onnx' is unknown; known: auto, ort, ort-training"),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_refused(
+    bundle: fedge.Bundle, change: dict[str, Any], message: str
+) -> None:
+    arguments: dict[str, Any] = {"bundle": bundle, "clients": HOSPITALS, **change}
+    with pytest.raises(ConfigError, match=message):
+        fedge.Federation(**arguments)
+
+
+def test_rounds_are_whole(bundle: fedge.Bundle) -> None:
+    with pytest.raises(ConfigError, match=r"rounds = 1.5 is float; wanted int"):
+        fedge.Federation(bundle, HOSPITALS, engine="ort").run(rounds=1.5)  # type: ignore[arg-type]
 
 
 def test_one_client_alone_is_enough_for_our_own_strategy(bundle: fedge.Bundle) -> None:
