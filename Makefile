@@ -13,6 +13,7 @@ TRAINING_PYTHON ?= $(PYTHON)
 # Linux: only a CPU build can satisfy "+cpu", so gigabytes of CUDA cannot arrive by accident.
 TORCH ?= torch==2.13.0$(if $(filter Linux,$(shell uname -s)),+cpu)
 WORKERS ?= 2
+PYTHONS ?= 3.12 3.13
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -32,16 +33,23 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test check lint format types layers proto proto-check docker-check docs-check bench notebooks clean
+.PHONY: help demo test test-aarch64 test-pythons check lint format types layers proto proto-check docker-check docs-check bench notebooks clean
 
 help:  ## This list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(BASE) $(TRAINING)  ## A real federation on this machine: a server and four hospitals (ARGS="--json")
 	$(BIN)/fedge-server demo $(ARGS)
 
 test: $(DEV) $(TORCHED) $(TRAINING)  ## All tests (ARGS="tests/fedge -k tensors", WORKERS=auto)
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+test-aarch64: $(DEV) $(TORCHED)  ## Emulated Raspberry Pis join a real server (qemu-user-static, mmdebstrap)
+	@tools/aarch64/test.sh $(BIN)/python $(ARGS)
+
+test-pythons: $(DEV)  ## The client in the other Pythons installed here, with a device's packages
+	@found=$$(tools/pythons.sh $(PYTHONS) | paste -sd :); \
+	FEDGE_PYTHONS="$$found" $(BIN)/python -m pytest -n 0 tests/integration/test_pythons.py $(ARGS)
 
 check: lint types layers proto-check docker-check  ## Style, types, layers, generated code, Docker files
 
@@ -55,6 +63,7 @@ format: $(DEV)  ## ruff: rewrite what it can
 
 types: $(DEV)  ## mypy, strict
 	$(BIN)/mypy
+	cd tools/aarch64 && ../../$(BIN)/mypy --config-file ../../pyproject.toml roots.py
 
 layers: $(DEV)  ## import-linter: who may import whom
 	$(BIN)/lint-imports
