@@ -18,11 +18,12 @@ _HOME = {
     "Federation": "fedge.simulation",
     "FedgeError": "fedge.errors",
     "RunConfig": "fedge.config",
+    "Schedule": "fedge.config",
     "TrainConfig": "fedge.config",
     "build": "fedge.artifacts.build",
     "export": "fedge.exporting",
 }
-_MODULES = ("data", "errors", "metrics", "strategies")
+_MODULES = ("data", "errors", "losses", "metrics", "strategies")
 
 __all__ = [
     "Bundle",
@@ -31,12 +32,14 @@ __all__ = [
     "Federation",
     "FedgeError",
     "RunConfig",
+    "Schedule",
     "TrainConfig",
     "__version__",
     "build",
     "data",
     "errors",
     "export",
+    "losses",
     "metrics",
     "strategies",
 ]

@@ -77,7 +77,7 @@ def export_model(bundle: Bundle, params: Params, site: Params | None = None) -> 
     _rename(before.graph, _preprocess_names(before.graph, manifest.raw_inputs, constants))
     _rename(model.graph, _model_names(before.graph, bundle))
     merged = _merge(before, model, constants, manifest.scaling == "custom")
-    _add_finish(merged.graph, manifest.loss)
+    _add_finish(merged.graph, manifest.scored_as)
     merged.producer_name = "fedge"
     return admit_model(merged.SerializeToString(deterministic=True))
 

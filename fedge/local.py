@@ -14,6 +14,7 @@ from fedge.artifacts.manifest import Manifest
 from fedge.config import TrainConfig
 from fedge.data.scaling import site_stats
 from fedge.engines.base import TrainingEngine
+from fedge.engines.checks import without_extras
 from fedge.errors import DataError
 from fedge.metrics import evaluate_outputs
 from fedge.seeds import derive_seed
@@ -45,7 +46,8 @@ class TrainTask:
 
     Attributes:
         round_num: From 1.
-        config: The manifest's settings with the task's overrides.
+        config: The manifest's settings with the task's overrides; :func:`train` takes the round's
+            learning rate from its schedule.
         seed: The run's; the row order is a function of it, the round and the client.
     """
 
@@ -83,7 +85,8 @@ def prepare(
         DataError: If the rows do not fit the bundle.
     """
     train = _named(manifest, data.train)
-    stats = site_stats(train) if manifest.scaling == "site" else None
+    own = Examples(without_extras(manifest, train.inputs), train.labels)
+    stats = site_stats(own) if manifest.scaling == "site" else None
     held_out = data.test if data.test is not None and len(data.test) else None
     return Site(
         client_id=data.client_id,
@@ -121,7 +124,7 @@ def train(
     """
     engine.set_params({**initial, **site.personal, **shared})
     seed = derive_seed(task.seed, task.round_num, site.client_id, "batches")
-    result = engine.train(site.train, task.config, seed)
+    result = engine.train(site.train, task.config.for_round(task.round_num), seed)
     after = engine.get_params()
     update = Update(
         client_id=site.client_id,
@@ -140,8 +143,8 @@ def evaluate(
     """Score the shared params, with the client's personal ones, on its held-out rows.
 
     Returns:
-        Number of held-out rows, and ``loss`` with ``accuracy`` (and ``auc`` for two classes) or
-        ``rmse``.
+        Number of held-out rows, and ``loss`` with the scores of
+        :func:`~fedge.metrics.evaluate_outputs`.
 
     Raises:
         DataError: If the client holds out no rows.
@@ -208,6 +211,8 @@ def _trained(
 
 def _named(manifest: Manifest, raw: Examples) -> Examples:
     """The single input under the name the model has for it; more than one must be named right."""
-    if len(raw.inputs) == 1 == len(manifest.raw_inputs):
-        return Examples({manifest.raw_inputs[0].name: next(iter(raw.inputs.values()))}, raw.labels)
+    own = without_extras(manifest, raw.inputs)
+    if len(own) == 1 == len(manifest.raw_inputs):
+        renamed = {next(iter(own)): manifest.raw_inputs[0].name}
+        return Examples({renamed.get(n, n): a for n, a in raw.inputs.items()}, raw.labels)
     return raw

@@ -19,9 +19,17 @@ class Interval(NamedTuple):
     high: float
 
 
-class _HasLoss(Protocol):
+class _Labels(Protocol):
     @property
-    def loss(self) -> str: ...
+    def ignore(self) -> int | None: ...
+
+
+class _Scored(Protocol):
+    @property
+    def scored_as(self) -> str: ...
+
+    @property
+    def labels(self) -> _Labels: ...
 
 
 def accuracy(predicted: Array, labels: Array) -> float:
@@ -107,20 +115,65 @@ def auc_interval(scores: Array, labels: Array, level: float = 0.95) -> Interval:
     return Interval(_sigmoid(middle - half), _sigmoid(middle + half))
 
 
-def evaluate_outputs(manifest: _HasLoss, outputs: Params, labels: Array) -> Metrics:
+def concordance(risks: Array, labels: Array) -> float:
+    """Harrell's concordance index: how often the row that had its event first had the higher risk.
+
+    A pair counts where the earlier time is an event; at equal times, where one is an event and the
+    other censored. Ties of risk count one half.
+
+    Source: F. Harrell et al., Statistics in Medicine 15 (1996) 361-387.
+
+    Args:
+        risks: Log hazards, [N] or [N, 1]; higher means sooner.
+        labels: Time and event (1: it happened, 0: censored), [N, 2].
+
+    Returns:
+        A value in [0, 1]; NaN where no pair can be compared.
+
+    Raises:
+        DataError: If there are no rows, or the two differ in rows.
+    """
+    labels = np.asarray(labels, np.float64).reshape(-1, 2)
+    risks, time = _pair(risks, labels[:, 0])
+    event = labels[:, 1] > 0
+    pairs, won = 0, 0.0
+    for i in np.flatnonzero(event):
+        later = (time > time[i]) | ((time == time[i]) & ~event)
+        others = risks[later]
+        pairs += len(others)
+        won += float(np.sum(others < risks[i])) + 0.5 * float(np.sum(others == risks[i]))
+    return won / pairs if pairs else math.nan
+
+
+def score_name(scored_as: str) -> str:
+    """The score every client gives for such a loss; "" where the loss itself is all there is."""
+    names = {"cross_entropy": "accuracy", "bce_with_logits": "accuracy", "mse": "rmse"}
+    return names.get(scored_as, "")
+
+
+def evaluate_outputs(manifest: _Scored, outputs: Params, labels: Array) -> Metrics:
     """Score what a model gave, as its loss suggests.
 
     Args:
-        manifest: Anything with ``loss``: ``cross_entropy``, ``bce_with_logits`` or ``mse``.
+        manifest: Anything with ``scored_as`` (the plain loss: ``cross_entropy``,
+            ``bce_with_logits``, ``mse``, ``cox`` or "") and ``labels.ignore``.
         outputs: Model output name -> array; the first is scored. Logits for the classifiers.
-        labels: Classes [N] (0/1 also as [N, 1]), or values of the output's shape.
+        labels: Classes [N] or [N, …] (0/1 also as [N, 1]), values of the output's shape, or time
+            and event [N, 2]. Ignored ones do not count.
 
     Returns:
-        ``accuracy`` for classifiers, and ``auc`` for two classes where both have rows;
-        ``rmse`` for ``mse``. A score that is not defined is left out, so every value is finite.
+        ``accuracy`` for classifiers, and ``auc`` for two classes where both have rows; ``rmse``
+        for values, ``concordance`` for hazards. A score that is not defined is left out, so every
+        value is finite.
     """
+    if manifest.scored_as == "cox":
+        found = {"concordance": concordance(next(iter(outputs.values())), labels)}
+        return {n: v for n, v in found.items() if not math.isnan(v)}
+    outputs, labels = counted(manifest, outputs, labels)
+    if not manifest.scored_as or not len(labels):
+        return {}
     predicted = predictions(manifest, outputs)
-    if manifest.loss == "mse":
+    if manifest.scored_as == "mse":
         return {"rmse": rmse(predicted, labels)}
     scored = {"accuracy": accuracy(predicted, labels)}
     scores = positive_scores(manifest, outputs)
@@ -128,24 +181,38 @@ def evaluate_outputs(manifest: _HasLoss, outputs: Params, labels: Array) -> Metr
     return scored if math.isnan(area) else {**scored, "auc": area}
 
 
-def positive_scores(manifest: _HasLoss, outputs: Params) -> Array | None:
+def counted(manifest: _Scored, outputs: Params, labels: Array) -> tuple[Params, Array]:
+    """The first output and the labels, one row per label that is not ignored.
+
+    Classes of positions, [N, classes, …] with labels [N, …], become rows of their own.
+    """
+    name, output = next(iter(outputs.items()))
+    labels = np.asarray(labels)
+    if manifest.scored_as != "cross_entropy":
+        return {name: output}, labels
+    flat = np.moveaxis(output, 1, -1).reshape(-1, output.shape[1])
+    keep = labels.ravel() != manifest.labels.ignore
+    return {name: flat[keep]}, labels.ravel()[keep]
+
+
+def positive_scores(manifest: _Scored, outputs: Params) -> Array | None:
     """Per row [N] how much the model leans to class 1 (log-odds); None where not two classes."""
     output = next(iter(outputs.values()))
-    if manifest.loss == "bce_with_logits" and output.size == len(output):
+    if manifest.scored_as == "bce_with_logits" and output.size == len(output):
         return output.ravel()
-    if manifest.loss == "cross_entropy" and output.shape[-1] == 2:
+    if manifest.scored_as == "cross_entropy" and output.shape[1] == 2:
         return np.asarray(output[:, 1] - output[:, 0])
     return None
 
 
-def predictions(manifest: _HasLoss, outputs: Params) -> Array:
-    """The classes, [N] int64, that :func:`evaluate_outputs` counts; values [N, ...] for ``mse``."""
+def predictions(manifest: _Scored, outputs: Params) -> Array:
+    """The classes, [N] int64, that :func:`evaluate_outputs` counts; values [N, …] of others."""
     output = next(iter(outputs.values()))
-    if manifest.loss == "mse":
-        return output
-    if manifest.loss == "cross_entropy":
-        return np.asarray(np.argmax(output, axis=-1))
-    return (output > 0).astype(np.int64).ravel()
+    if manifest.scored_as == "cross_entropy":
+        return np.asarray(np.argmax(output, axis=1))
+    if manifest.scored_as == "bce_with_logits":
+        return (output > 0).astype(np.int64).ravel()
+    return output
 
 
 def _pair(left: Array, right: Array) -> tuple[Array, Array]:

@@ -13,9 +13,10 @@ import numpy as np
 from fedge.artifacts.manifest import BATCH, LabelSpec, Manifest, Optimizer, ParamSpec, TensorSpec
 from fedge.config import TrainConfig
 from fedge.engines.base import EvalResult, TrainResult
-from fedge.engines.batches import batch_indices
+from fedge.engines.batches import batch_indices, learning_rates
 from fedge.engines.checks import check_examples, check_params
-from fedge.types import Array, ClientData, Examples, Params
+from fedge.engines.stepping import Shaper, run_steps
+from fedge.types import Array, ClientData, Examples, Indices, Params
 
 WEIGHT, BIAS = "weight", "bias"
 
@@ -109,11 +110,24 @@ class LogisticEngine:
     def train(self, data: Examples, config: TrainConfig, seed: int) -> TrainResult:
         """Steps in the order every engine uses."""
         data = check_examples(self._manifest, data)
-        total, steps, seen = 0.0, 0, 0
-        for rows in batch_indices(len(data), config, seed):
-            total += self.train_step(data.take(rows), config.lr) * len(rows)
-            steps, seen = steps + 1, seen + len(rows)
-        return TrainResult(total / seen, steps, seen)
+        shape = {n: np.zeros_like(v) for n, v in self._params.items()}
+        shared = self._manifest.shared
+        shaper = Shaper(config, shape, self._params, shared)
+
+        def piece(rows: Indices) -> float:
+            loss, found = self.gradients(data.take(rows))
+            for name, grad in found.items():
+                shape[name][...] = grad
+            return loss
+
+        def step(rows: Indices, lr: float) -> float:
+            loss = shaper.gather(piece, rows)
+            for name, grad in shape.items():
+                self._params[name] -= np.float32(lr) * grad
+            return loss
+
+        batches = batch_indices(len(data), config, seed)
+        return run_steps(step, batches, learning_rates(len(data), config), config.lr)
 
     def gradients(self, batch: Examples) -> tuple[float, Params]:
         """Loss and gradients: (softmax − onehot)ᵀ x / N."""

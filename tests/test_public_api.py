@@ -19,16 +19,18 @@ PUBLIC = [
     "Federation",
     "FedgeError",
     "RunConfig",
+    "Schedule",
     "TrainConfig",
     "__version__",
     "build",
     "data",
     "errors",
     "export",
+    "losses",
     "metrics",
     "strategies",
 ]
-MODULES = ["data", "errors", "metrics", "strategies"]
+MODULES = ["data", "errors", "losses", "metrics", "strategies"]
 
 
 def test_the_public_names_are_these_and_sorted() -> None:

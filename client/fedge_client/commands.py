@@ -282,7 +282,7 @@ def _alive(pid: object) -> bool:
 
 def _scores(scores: dict[str, float]) -> str:
     parts = []
-    for name in ("accuracy", "auc", "rmse"):
+    for name in ("accuracy", "auc", "rmse", "concordance"):
         if name in scores:
             text = f"{name} {scores[name]:.3f}"
             if f"{name}_low" in scores:

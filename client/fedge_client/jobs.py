@@ -25,8 +25,10 @@ from fedge.metrics import (
     accuracy,
     accuracy_interval,
     auc_interval,
+    counted,
     positive_scores,
     predictions,
+    score_name,
 )
 from fedge.platform import atomic_write
 from fedge.types import Array, Examples, Metrics, Params
@@ -35,7 +37,6 @@ from fedge_client.sources import SiteData
 from fedge_client.state import FEDERATED
 
 NO_DATA = "no data source is configured; set path and label in client.toml [data]"
-OVERRIDES = ("lr", "batch_size", "epochs", "steps")
 
 
 @dataclass(frozen=True)
@@ -104,9 +105,7 @@ def encode_update(update: Update, manifest: Manifest, mode: str) -> bytes:
 def train(context: Context, job: Mapping[str, Any]) -> dict[str, Any]:
     """One round's training; writes the update (and personal params) into ``job["out"]``."""
     manifest, out = context.manifest, Path(job["out"])
-    config = manifest.train.replace(
-        **{n: job["config"][n] for n in OVERRIDES if n in job["config"]}
-    )
+    config = manifest.train.override(job["config"])
     task = local.TrainTask(int(job["round_num"]), config, int(job["config"].get("seed", 0)))
     shared = read_tensors(job["params"], manifest.shared)
     site = context.with_personal(job.get("personal"))
@@ -150,9 +149,7 @@ def statistics(context: Context) -> tuple[dict[str, Any], bytes]:
 def personalize(context: Context, job: Mapping[str, Any]) -> dict[str, Any]:
     """Fine-tune the global model here; writes it to ``job["out"]`` and reports three models."""
     manifest = context.manifest
-    config = manifest.train.replace(
-        **{n: job["config"][n] for n in OVERRIDES if n in job["config"]}
-    )
+    config = manifest.train.override(job["config"])
     shared = read_tensors(job["params"], manifest.shared)
     site = context.with_personal(job.get("personal"))
     initial = context.bundle.initial_params()
@@ -174,7 +171,7 @@ def personalize(context: Context, job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def predict(context: Context, raw: Params, params: Params) -> Array:
-    """What the model says of raw rows: probabilities [N, classes] or [N, 1], or values for mse."""
+    """What the model says of raw rows: probabilities [N, classes] or [N, 1], or values."""
     manifest, engine = context.manifest, context.engine
     rows = len(next(iter(raw.values())))
     unlabelled = Examples(
@@ -202,11 +199,11 @@ def chosen_params(context: Context, job: Mapping[str, Any]) -> Params:
 
 
 def probabilities(manifest: Manifest, output: Array) -> Array:
-    """Logits as probabilities, float64 [N, k]; values of an mse model as they are."""
+    """Logits as probabilities, float64 [N, k]; values of other models as they are."""
     values = np.asarray(output, np.float64).reshape(len(output), -1)
-    if manifest.loss == "bce_with_logits":
+    if manifest.scored_as == "bce_with_logits":
         return np.asarray(0.5 * (1.0 + np.tanh(values / 2.0)))
-    if manifest.loss == "cross_entropy":
+    if manifest.scored_as == "cross_entropy":
         shifted = np.exp(values - values.max(axis=1, keepdims=True))
         return np.asarray(shifted / shifted.sum(axis=1, keepdims=True))
     return values
@@ -252,17 +249,17 @@ def _scores(context: Context, params: Params) -> Metrics:
     manifest, test = context.manifest, context.site.test
     if test is None:
         raise DataError("no rows are held out; set split or test_fraction in client.toml [data]")
-    rows, metrics = local.score(context.engine, manifest, context.site, params)
+    _, metrics = local.score(context.engine, manifest, context.site, params)
     found = finite(metrics)
-    if manifest.loss == "mse":
+    if score_name(manifest.scored_as) != "accuracy":
         return found
-    outputs = context.engine.evaluate(test).outputs
-    share = accuracy(predictions(manifest, outputs), test.labels)
+    outputs, labels = counted(manifest, context.engine.evaluate(test).outputs, test.labels)
+    share, rows = accuracy(predictions(manifest, outputs), labels), labels.size
     low, high = accuracy_interval(round(share * rows), rows)
     found.update(accuracy_low=low, accuracy_high=high)
     scores = positive_scores(manifest, outputs)
     if scores is not None:
-        low, high = auc_interval(scores, test.labels)
+        low, high = auc_interval(scores, labels)
         found.update(finite({"auc_low": low, "auc_high": high}))
     return found
 
@@ -270,10 +267,14 @@ def _scores(context: Context, params: Params) -> Metrics:
 def _majority(context: Context) -> Metrics | None:
     """The score of always saying the training rows' commonest class."""
     test = context.site.test
-    if context.manifest.loss == "mse" or test is None:
+    if score_name(context.manifest.scored_as) != "accuracy" or test is None:
         return None
-    values, counts = np.unique(context.site.train.labels, return_counts=True)
-    return {"accuracy": float(np.mean(test.labels == values[np.argmax(counts)]))}
+    ignore = context.manifest.labels.ignore
+    seen, asked = (x.labels[x.labels != ignore] for x in (context.site.train, test))
+    values, counts = np.unique(seen, return_counts=True)
+    if not len(values) or not len(asked):
+        return None
+    return {"accuracy": float(np.mean(asked == values[np.argmax(counts)]))}
 
 
 def _fixed(shape: tuple[int | str, ...]) -> tuple[int, ...]:

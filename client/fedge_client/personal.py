@@ -59,8 +59,8 @@ class PersonalModels:
         """Fine-tune the newest global model on this site's rows; keep it and report.
 
         Args:
-            overrides: ``lr``, ``batch_size``, ``epochs`` or ``steps`` where they should differ
-                from the bundle's, and ``seed``.
+            overrides: Any of :data:`fedge.config.OVERRIDES` where they should differ from the
+                bundle's, and ``seed``.
 
         Returns:
             Rows, engine and the scores of local-only, global and personal model on held-out rows.
@@ -69,7 +69,7 @@ class PersonalModels:
             DataError: If there is no data source, or it holds no rows out.
         """
         self._require_data()
-        TrainConfig().replace(**{n: v for n, v in overrides.items() if n != "seed"})
+        TrainConfig().override(overrides)
         model = self.newest()
         folder = self._state.personal(model.bundle)
         with exclusive(folder / "lock", f"fedge-client personalize on {self._state.root}"):

@@ -85,7 +85,7 @@ class Worker:
         values = jobs.predict(context, raw, jobs.chosen_params(context, job))
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["row", *_headings(context.manifest.loss, values.shape[1])])
+        writer.writerow(["row", *_headings(context.manifest.scored_as, values.shape[1])])
         writer.writerows([i + 1, *(f"{v:.9g}" for v in row)] for i, row in enumerate(values))
         atomic_write(Path(job["out"]), text.getvalue().encode(), mode=0o600)
         return {"rows": len(values), "columns": values.shape[1]}, []
@@ -124,7 +124,7 @@ def _stamp(path: str) -> tuple[int, int] | None:
 
 
 def _headings(loss: str, columns: int) -> list[str]:
-    if loss == "mse":
+    if loss not in ("bce_with_logits", "cross_entropy"):
         return ["value"] if columns == 1 else [f"value_{i}" for i in range(columns)]
     return ["probability"] if columns == 1 else [f"probability_{i}" for i in range(columns)]
 

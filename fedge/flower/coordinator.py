@@ -35,6 +35,7 @@ from fedge.flower.replies import (
     judge_train,
     strategy_call,
 )
+from fedge.metrics import score_name
 from fedge.rounds import Action, Event, Phase, RunState
 from fedge.seeds import derive_seed
 from fedge.strategies.state import state_of
@@ -268,7 +269,7 @@ class Coordinator:
         tasks = self._push(group) if self.state.cohort else {}
         if not self._await(tasks):
             return
-        score = "rmse" if self._manifest.loss == "mse" else "accuracy"
+        score = score_name(self._manifest.scored_as)
         replies = Replies(self._grid, tasks, judge_scores(score))
         with strategy_call("aggregate_evaluate", self._seed("aggregate")):
             metrics = self._strategy.aggregate_evaluate(number, replies)

@@ -4,7 +4,7 @@
     Instruction: ``arrays`` (shared params, full values), ``config`` (see below).
     Reply: ``arrays`` (base + delta of the shared params), ``metrics`` (num-examples, train_loss).
 ``evaluate``
-    Instruction: the same. Reply: ``metrics`` (num-examples, loss and accuracy or rmse).
+    Instruction: the same. Reply: ``metrics`` (num-examples, loss, the loss's score).
 ``query.statistics``
     Instruction: ``config``. Reply: ``arrays`` (sum and sumsq of each input's columns, float64),
     ``metrics`` (num-examples).
@@ -13,8 +13,9 @@ Metrics of a reply may hold more (``auc``, ``bytes_up``, ``bytes_down``, ``secon
 coordinator keeps these for the run's table and shows the strategy only the ones above, because
 Flower's strategies refuse replies whose metric names differ.
 
-``config`` holds ``seed`` (the run's seed, decimal text), ``server-round`` and any of ``lr``,
-``batch_size``, ``epochs``, ``steps``, which override the manifest's training settings.
+``config`` holds ``seed`` (the run's seed, decimal text), ``server-round`` and any of
+:data:`fedge.config.OVERRIDES`, which override the manifest's training settings; ``proximal-mu``,
+as Flower's FedProx writes it, is ``proximal_mu``.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import numpy as np
 from flwr.app import Array as FlowerArray
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
-from fedge.config import TrainConfig
+from fedge.config import OVERRIDES, TrainConfig
 from fedge.errors import ConfigError, UpdateError
 from fedge.flower.identity import ensure_identity
 from fedge.types import Array, Metrics, Params
@@ -35,7 +36,7 @@ from fedge.update import Update, apply_delta
 
 TRAIN, EVALUATE, STATISTICS = "train", "evaluate", "query.statistics"
 ARRAYS, CONFIG, METRICS, WEIGHT = "arrays", "config", "metrics", "num-examples"
-OVERRIDES = ("lr", "batch_size", "epochs", "steps")
+_FLOWERS_WORDS = {"proximal-mu": "proximal_mu"}
 CLIENT_FAILED = 2  # Flower's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 
 
@@ -84,8 +85,9 @@ def config_in(message: Message) -> dict[str, Any]:
         ConfigError: For a setting that fedge's clients would not obey.
     """
     records = list(message.content.config_records.values())
-    values: dict[str, Any] = dict(records[0].items()) if records else {}
-    values.pop("server-round", None)
+    given: dict[str, Any] = dict(records[0].items()) if records else {}
+    given.pop("server-round", None)
+    values = {_FLOWERS_WORDS.get(n, n): v for n, v in given.items()}
     unknown = sorted(set(values) - {"seed", *OVERRIDES})
     if unknown:
         raise ConfigError(
@@ -97,7 +99,7 @@ def config_in(message: Message) -> dict[str, Any]:
 
 def train_config(default: TrainConfig, config: Mapping[str, Any]) -> TrainConfig:
     """The local settings of one task: the manifest's, with the task's overrides."""
-    return default.replace(**{n: config[n] for n in OVERRIDES if n in config})
+    return default.override(config)
 
 
 def run_seed(config: Mapping[str, Any]) -> int:

@@ -95,12 +95,13 @@ def judge_train(round_num: RoundNum, gate: Callable[[Update], None] | None) -> J
 
 
 def judge_scores(score: str) -> Judge:
-    """A judge for evaluate replies; ``score`` is ``accuracy`` or ``rmse``."""
+    """A judge for evaluate replies; ``score`` is ``accuracy``, ``rmse``, or "": the loss alone."""
+    keys = ("loss", score) if score else ("loss",)
 
     def judge(reply: Message, task: Task) -> tuple[Row, Message]:
         metrics = messages.metrics_in(reply)
         weight = _weight(metrics)
-        return _row(task, weight, metrics), _cleaned(reply, weight, metrics, ("loss", score))
+        return _row(task, weight, metrics), _cleaned(reply, weight, metrics, keys)
 
     return judge
 

@@ -120,6 +120,7 @@ _ADAPTERS: dict[type[Strategy], StrategyState] = {
     flower.MultiKrum: _STATELESS,
     flower.Bulyan: _STATELESS,
     flower.QFedAvg: _STATELESS,
+    flower.FedProx: _STATELESS,
     flower.FedAdam: _MOMENTS,
     flower.FedAdagrad: _MOMENTS,
     flower.FedYogi: _MOMENTS,

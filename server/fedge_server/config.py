@@ -8,13 +8,14 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from fedge.artifacts.manifest import LOSSES
 from fedge.config import RunConfig, TrainConfig, from_mapping, read_toml
 from fedge.errors import ConfigError
+from fedge.losses import NAMES as LOSSES
+from fedge.losses import find_loss
 
 OPTIMIZERS = ("sgd", "adamw")
 SCALINGS = ("none", "site", "global")
-STRATEGIES = ("fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad")
+STRATEGIES = ("fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "fedprox")
 PORT = 8443
 
 
@@ -44,18 +45,23 @@ class ModelConfig:
     Attributes:
         path: An ``.onnx`` model or a bundle folder; empty: the built-in example.
         loss: One of ``LOSSES``.
+        loss_settings: Its settings (``[model.loss_settings]``), see :mod:`fedge.losses`.
         optimizer: The clients' optimizer.
         scaling: Who standardises the inputs, see the manifest.
     """
 
     path: str = ""
     loss: str = ""
+    loss_settings: dict[str, Any] = field(default_factory=dict)
     optimizer: str = "sgd"
     scaling: str = "none"
 
     def __post_init__(self) -> None:
         if self.loss:
             _choice("loss", self.loss, LOSSES)
+            find_loss({**self.loss_settings, "name": self.loss})
+        elif self.loss_settings:
+            raise ConfigError("loss_settings are given without a loss; name it in [model] loss")
         _choice("optimizer", self.optimizer, OPTIMIZERS)
         _choice("scaling", self.scaling, SCALINGS)
 
@@ -150,7 +156,7 @@ def _parse(variable: str, text: str, kind: str) -> Any:  # noqa: ANN401 - one of
     try:
         if kind == "bool":
             return {"1": True, "true": True, "0": False, "false": False}[text.lower()]
-        return {"int": int, "float": float, "str": str}[kind](text)
+        return {"int": int, "float": float}.get(kind, str)(text)
     except (ValueError, KeyError) as exc:
         raise ConfigError(f"{variable}={text!r} is not of type {kind}") from exc
 

@@ -68,7 +68,8 @@ class Reporter:
         ]
         if loss is not None:
             shown.append(f"loss {loss:.4f}")
-        shown += [f"{n} {values[n]:.4f}" for n in ("accuracy", "rmse") if n in values]
+        scores = ("accuracy", "rmse", "concordance")
+        shown += [f"{n} {values[n]:.4f}" for n in scores if n in values]
         sent = int(sum(c.get("bytes_up", 0) for c in values["clients"]))
         shown += [f"{sent:,} bytes up", f"{seconds:.2f} s"]
         text = "  ".join(shown) + _dropped(trained.dropped)

@@ -37,6 +37,7 @@ _FLOWER: dict[str, Callable[..., Strategy]] = {
     "fedadam": flower.FedAdam,
     "fedyogi": flower.FedYogi,
     "fedadagrad": flower.FedAdagrad,
+    "fedprox": flower.FedProx,
 }
 
 

@@ -22,6 +22,11 @@ def test_auc_is_sklearns_with_and_without_ties(seed: int, rows: int, levels: int
     assert metrics.auc(scores[:, None], labels) == pytest.approx(roc_auc_score(labels, scores))
 
 
+def scored(loss: str, ignore: int | None = None) -> SimpleNamespace:
+    """What the scores need of a manifest."""
+    return SimpleNamespace(scored_as=loss, labels=SimpleNamespace(ignore=ignore))
+
+
 @pytest.mark.parametrize("labels", [[0, 0, 0], [1, 1, 1]])
 def test_auc_of_one_class_is_nan(labels: list[int]) -> None:
     assert math.isnan(metrics.auc(np.arange(3.0), np.array(labels)))
@@ -108,13 +113,13 @@ def test_outputs_are_scored_as_the_loss_suggests(
     loss: str, output: list[list[float]], labels: list[int], want: dict[str, float]
 ) -> None:
     outputs = {"y": np.array(output, np.float32)}
-    got = metrics.evaluate_outputs(SimpleNamespace(loss=loss), outputs, np.array(labels))
+    got = metrics.evaluate_outputs(scored(loss), outputs, np.array(labels))
     assert got == pytest.approx(want)
 
 
 def test_predictions_are_what_accuracy_counts() -> None:
     logits = {"y": np.array([[-1.0], [2.0]], np.float32)}
-    assert list(metrics.predictions(SimpleNamespace(loss="bce_with_logits"), logits)) == [0, 1]
-    assert list(metrics.predictions(SimpleNamespace(loss="mse"), logits).ravel()) == [-1.0, 2.0]
+    assert list(metrics.predictions(scored("bce_with_logits"), logits)) == [0, 1]
+    assert list(metrics.predictions(scored("mse"), logits).ravel()) == [-1.0, 2.0]
     two = {"y": np.array([[0.0, 1.0], [1.0, 0.0]], np.float32)}
-    assert list(metrics.predictions(SimpleNamespace(loss="cross_entropy"), two)) == [1, 0]
+    assert list(metrics.predictions(scored("cross_entropy"), two)) == [1, 0]

@@ -63,7 +63,7 @@ def test_steps_on_the_command_line_replace_epochs_of_the_file(file: Path) -> Non
 @pytest.mark.parametrize(
     ("flags", "environ", "wanted"),
     [
-        ({"model.loss": "hinge"}, {}, "bce_with_logits, cross_entropy, mse"),
+        ({"model.loss": "hinge"}, {}, "bce_with_logits, cox, cross_entropy, distillation"),
         ({"model.optimizer": "lion"}, {}, "sgd, adamw"),
         ({"model.scaling": "local"}, {}, "none, site, global"),
         ({"strategy.name": "best"}, {}, "fedavg, fedavgm, fedadam"),

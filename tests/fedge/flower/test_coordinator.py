@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
 
 from fedge import rounds, tensors
-from fedge.config import RunConfig
+from fedge.config import RunConfig, TrainConfig
 from fedge.errors import ConfigError, EngineError, StateError, UpdateError
 from fedge.flower import Coordinator, MemoryJournal
 from fedge.flower.grid import node_id_of
@@ -68,12 +68,12 @@ def same(a: Params, b: Params) -> bool:
     return a.keys() == b.keys() and all(a[n].tobytes() == b[n].tobytes() for n in a)
 
 
-def by_hand(rounds_: int, seed: int = 0) -> Params:
+def by_hand(rounds_: int, seed: int = 0, config: TrainConfig = MANIFEST.train) -> Params:
     """FedAvg written out: the mean in float64 of base + delta, in client_id order."""
     engine = LogisticEngine(MANIFEST, INITIAL)
     shared = dict(INITIAL)
     for number in range(1, rounds_ + 1):
-        task = TrainTask(number, MANIFEST.train, seed)
+        task = TrainTask(number, config, seed)
         total, sums = 0, {n: np.zeros(v.shape) for n, v in shared.items()}
         for data in CLIENTS:
             site = prepare(engine, MANIFEST, data)
@@ -385,7 +385,7 @@ class Demanding(FedAvg):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        config["proximal-mu"] = 0.1
+        config["dropout-rate"] = 0.1
         return super().configure_train(server_round, arrays, config, grid)
 
 
@@ -402,7 +402,7 @@ def flower_array(values: Any) -> Any:
         (Broken, ConfigError, "failed in aggregate_train: KeyError"),
         (Exploding, UpdateError, "Exploding made NaN or infinity in round 1"),
         (Forgetful, ConfigError, "the strategy returned"),
-        (Demanding, ConfigError, "asks clients for proximal-mu"),
+        (Demanding, ConfigError, "asks clients for dropout-rate"),
     ],
 )
 def test_what_a_strategy_does_wrong_is_said(
@@ -422,6 +422,17 @@ def test_overrides_reach_the_clients() -> None:
 
     params, _ = run(strategy=Faster())
     np.testing.assert_allclose(params["weight"], INITIAL["weight"], atol=1e-7)
+
+
+def test_flowers_fedprox_holds_clients_to_the_rounds_params() -> None:
+    params, _ = run(strategy=flower.FedProx(proximal_mu=0.7))
+    train_config = MANIFEST.train.replace(proximal_mu=0.7)
+    assert same(params, by_hand(3, config=train_config))
+    plain, held = (
+        float(np.linalg.norm(p["weight"] - INITIAL["weight"])) for p in (by_hand(3), params)
+    )
+    assert held < plain
+    assert same(run(strategy=flower.FedProx(proximal_mu=0.0))[0], by_hand(3))
 
 
 def test_a_run_id_that_would_break_group_ids_is_refused() -> None:
