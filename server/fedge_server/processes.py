@@ -138,12 +138,19 @@ def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
 
 @contextlib.contextmanager
 def unwinding() -> Iterator[None]:
-    """Let SIGTERM and a closed terminal unwind like Ctrl-C, so that nothing is left running."""
+    """Let SIGTERM and a closed terminal unwind like Ctrl-C, so that nothing is left running.
+
+    SIGINT is set as well, because a shell script's background jobs start with it ignored; a
+    SIGHUP that nohup has set to be ignored stays so.
+    """
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    before = {s: signal.signal(s, interrupt) for s in (signal.SIGTERM, signal.SIGHUP)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
     finally:
