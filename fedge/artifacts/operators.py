@@ -19,10 +19,10 @@ Sub Sum Tan Tanh ThresholdedRelu Where Xor
 _SHAPE = """
 CenterCropPad Col2Im Compress Concat Constant ConstantOfShape DepthToSpace Expand EyeLike Flatten
 Gather GatherElements GatherND OneHot Pad Range Reshape Resize ReverseSequence ScatterElements
-ScatterND Shape Size Slice SpaceToDepth Split Squeeze Tile Transpose Trilu Unsqueeze
+ScatterND Shape Size Slice SpaceToDepth Split Squeeze TensorScatter Tile Transpose Trilu Unsqueeze
 """
 _REDUCE = """
-ArgMax ArgMin CumSum Hardmax LogSoftmax LpNormalization NonZero ReduceL1 ReduceL2 ReduceLogSum
+ArgMax ArgMin CumSum Det Hardmax LogSoftmax LpNormalization NonZero ReduceL1 ReduceL2 ReduceLogSum
 ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Softmax TopK
 Unique
 """

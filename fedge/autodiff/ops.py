@@ -60,6 +60,11 @@ def attribute(node: ir.Node, name: str, default: Any = None) -> Any:  # noqa: AN
     return found.as_string() if found.type == ir.AttributeType.STRING else found.value
 
 
+def attributes(node: ir.Node) -> dict[str, Any]:
+    """A node's attributes as Python values, to write another node with."""
+    return {name: attribute(node, name) for name in node.attributes}
+
+
 def constant(node: ir.Node, index: int) -> Array:
     """The value of an input that must not depend on the data.
 
@@ -128,6 +133,10 @@ class Ops:
     def ints(self, values: Sequence[int]) -> Value:
         """An int64 vector, as axes and shapes are given."""
         return self.const(np.asarray(values, np.int64))
+
+    def scalar(self, value: int) -> Value:
+        """An int64 of rank 0."""
+        return self.const(np.asarray(value, np.int64))
 
     def sum(self, x: Value, axes: Sequence[int], keepdims: bool = False) -> Value:
         """Sum over ``axes``; ``x`` itself when there are none."""

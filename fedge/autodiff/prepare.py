@@ -82,11 +82,22 @@ def normalize(model: onnx.ModelProto, sizes: Sizes | None = None) -> onnx.ModelP
 
 
 def _expand(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Replace operators without a rule by their bodies; some bodies depend on their types."""
-    foreign = [n for n in model.graph.node if n.domain == "" and not has_rule(n.op_type)]
-    if not foreign:
-        return model
-    for node in foreign:
+    """Replace operators without a rule by their bodies, and what these hold without a rule."""
+    while True:
+        foreign = [n for n in model.graph.node if n.domain == "" and not has_rule(n.op_type)]
+        expanded = _inline(model, foreign) if foreign else model
+        if _operators(expanded) == _operators(model):
+            return expanded
+        model = expanded
+
+
+def _operators(model: onnx.ModelProto) -> list[str]:
+    return [n.op_type for n in model.graph.node]
+
+
+def _inline(model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto]) -> onnx.ModelProto:
+    """Replace these nodes by their bodies where they have one; some depend on their types."""
+    for node in nodes:
         _fill_defaults(node, opset_of(model))
     named = {v.name for v in model.graph.input}
     for constant in model.graph.initializer:
@@ -96,7 +107,7 @@ def _expand(model: onnx.ModelProto) -> onnx.ModelProto:
             )
             model.graph.input.append(value)
     typed = onnx.shape_inference.infer_shapes(model)
-    names = sorted({("", n.op_type) for n in foreign})
+    names = sorted({("", n.op_type) for n in nodes})
     return inliner.inline_selected_functions(typed, names, inline_schema_functions=True)
 
 
@@ -140,7 +151,10 @@ def finish(forward: Forward, inputs: Sequence[Value], outputs: dict[str, Value])
     """Make these the graph's inputs and named outputs, drop what they do not need, serialize."""
     graph = forward.graph
     graph.inputs[:] = inputs
-    graph.outputs[:] = [_named(forward.op, name, value) for name, value in outputs.items()]
+    named: list[Value] = []
+    for name, value in outputs.items():
+        named.append(_named(forward.op, name, value, named))
+    graph.outputs[:] = named
     common.RemoveUnusedNodesPass()(forward.model)
     common.TopologicalSortPass()(forward.model)
     common.ClearMetadataAndDocStringPass()(forward.model)  # exporters note files and stack traces
@@ -152,12 +166,12 @@ def finish(forward: Forward, inputs: Sequence[Value], outputs: dict[str, Value])
     return proto
 
 
-def _named(op: Ops, name: str, value: Value) -> Value:
+def _named(op: Ops, name: str, value: Value, taken: Sequence[Value]) -> Value:
     """The value under the output's name; inputs, constants and second uses need a copy."""
     if value.name == name and value.producer() is not None:
         return value
     shape, dtype = value.shape, value.dtype
-    if value.producer() is None or "@" not in value.name or value.name in op.graph.outputs:
+    if value.producer() is None or "@" not in value.name or value in taken:
         value = op.Identity(value)
     value.name = name
     value.shape = value.shape if value.shape is not None else shape

@@ -15,6 +15,8 @@ from onnx import helper, numpy_helper
 from fedge.autodiff.shapes import Known, Sizes, trace_twice
 from fedge.types import Array
 
+_FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
+
 
 def simplify(model: onnx.ModelProto, sizes: Sizes | None = None) -> onnx.ModelProto:
     """A copy of ``model`` without what does not depend on inputs or float initializers.
@@ -30,10 +32,15 @@ def simplify(model: onnx.ModelProto, sizes: Sizes | None = None) -> onnx.ModelPr
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     nodes: list[onnx.NodeProto] = []
+    trained = {t.name for t in copy.graph.initializer if t.data_type in _FLOATS}
     for node in copy.graph.node:
-        if node.op_type != "Constant" and all(_same(few, many, n) for n in node.output if n):
+        if node.op_type not in ("Shape", "Size") and trained.intersection(node.input):
+            trained.update(node.output)
+        elif node.op_type != "Constant" and all(_same(few, many, n) for n in node.output if n):
             nodes += [_constant(n, few.values[n]) for n in node.output if n]
             continue
+        if node.op_type == "CastLike" and node.input[1] in few.types:
+            node.CopyFrom(_cast(node, few.types[node.input[1]].tensor_type.elem_type))
         if node.op_type == "Reshape" and not _same(few, many, node.input[1]):
             nodes += _target(node, few, many)
         nodes.append(node)
@@ -52,6 +59,10 @@ def _same(few: Known, many: Known, name: str) -> bool:
 def _constant(name: str, value: Array) -> onnx.NodeProto:
     tensor = numpy_helper.from_array(np.ascontiguousarray(value).reshape(value.shape))
     return helper.make_node("Constant", [], [name], name=f"{name}/folded", value=tensor)
+
+
+def _cast(node: onnx.NodeProto, to: int) -> onnx.NodeProto:
+    return helper.make_node("Cast", node.input[:1], node.output, name=node.name, to=to)
 
 
 def _target(node: onnx.NodeProto, few: Known, many: Known) -> list[onnx.NodeProto]:

@@ -39,6 +39,12 @@ def sum_(op: Ops, node: ir.Node, dy: Value) -> Gradients:
     return add(op, node, dy)
 
 
+@vjp_rule("Mean")
+def mean(op: Ops, node: ir.Node, dy: Value) -> Gradients:
+    """y = (a + b + ...) / how many."""
+    return add(op, node, op.Mul(dy, 1 / len(node.inputs)))
+
+
 @vjp_rule("Sub")
 def sub(op: Ops, node: ir.Node, dy: Value) -> Gradients:
     """y = a − b."""
@@ -66,11 +72,25 @@ def div(op: Ops, node: ir.Node, dy: Value) -> Gradients:
 @vjp_rule("Pow")
 def pow_(op: Ops, node: ir.Node, dy: Value) -> Gradients:
     """y = aᵇ; ∂y/∂b = y ln a, taken as 0 where a ≤ 0."""
-    a, b = node.inputs
+    a, exponent = node.inputs
+    b = op.Cast(exponent, to=int(ir.DataType.FLOAT)) if _integers(exponent) else exponent
     out = node.outputs[0]
     da = op.Mul(op.Mul(dy, b), op.Pow(a, op.Sub(b, 1.0)))
     log = op.Where(op.Greater(a, 0.0), op.Log(op.Max(a, 1e-45)), 0.0)
-    return op.unbroadcast(da, out, a), op.unbroadcast(op.Mul(op.Mul(dy, out), log), out, b)
+    return op.unbroadcast(da, out, a), op.unbroadcast(op.Mul(op.Mul(dy, out), log), out, exponent)
+
+
+def _integers(x: Value) -> bool:
+    return x.dtype is not None and not x.dtype.is_floating_point()
+
+
+@vjp_rule("Mod")
+def mod(op: Ops, node: ir.Node, dy: Value) -> Gradients:
+    """y = a − qb with a whole number q."""
+    a, b = node.inputs
+    out = node.outputs[0]
+    q = op.Round(op.Div(op.Sub(a, out), b))
+    return op.unbroadcast(dy, out, a), op.unbroadcast(op.Neg(op.Mul(dy, q)), out, b)
 
 
 @vjp_rule("Neg")

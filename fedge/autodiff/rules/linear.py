@@ -1,10 +1,11 @@
-"""Gemm and MatMul."""
+"""Gemm, MatMul and Det."""
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
-from fedge.autodiff.ops import Ops, Value, attribute, shape_of
+from fedge.autodiff.ops import Ops, Value, attribute, shape_of, static_dims
 from fedge.autodiff.registry import Gradients, vjp_rule
 
 
@@ -62,6 +63,23 @@ def _with_vector(op: Ops, node: ir.Node, dy: Value) -> Gradients:
     row = op.Unsqueeze(dy, op.ints([-2]))  # [k] x [..., k, n] -> [..., n]
     da = op.sum(op.Mul(row, b), [i for i in range(len(shape_b)) if i != len(shape_b) - 2])
     return da, op.Mul(op.Unsqueeze(a, op.ints([-1])), row)
+
+
+@vjp_rule("Det")
+def det(op: Ops, node: ir.Node, dy: Value) -> Gradients:
+    """dy times the cofactors, i.e. determinants without a row and a column, with signs."""
+    x = node.inputs[0]
+    rank, size = len(shape_of(x)), static_dims(x, slice(-1, None))[0]
+    whole = op.Unsqueeze(dy, op.ints([-2, -1]))
+    if size == 1:
+        return whole
+    others = np.array([[j for j in range(size) if j != i] for i in range(size)], np.int64)
+    rows = op.Gather(x, others, axis=rank - 2)  # [..., n, n − 1, n]
+    minors = op.Gather(rows, others, axis=rank)  # [..., n, n − 1, n, n − 1]
+    lead = list(range(rank - 2))
+    minors = op.transpose(minors, [*lead, rank - 2, rank, rank - 1, rank + 1])
+    signs = (-1.0) ** np.add.outer(np.arange(size), np.arange(size))
+    return op.Mul(whole, op.Mul(op.Det(minors), signs.astype(np.float32)))
 
 
 def _swap(op: Ops, x: Value, rank: int) -> Value:

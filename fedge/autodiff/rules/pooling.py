@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from fedge.autodiff.ops import Ops, Value, attribute, static_dims
 from fedge.autodiff.registry import Gradients, vjp_rule
+from fedge.autodiff.rules.positions import add_at
 from fedge.autodiff.rules.windows import Windows, windows_of
 from fedge.types import Array
 
@@ -25,9 +26,7 @@ def max_pool(op: Ops, node: ir.Node, dy: Value, _indices: Value | None = None) -
     indices = node.outputs[1]
     indices.name = indices.name or f"{node.outputs[0].name}@indices"
     node.attributes.pop("storage_order", None)
-    zeros = op.Expand(0.0, op.Unsqueeze(op.Size(x), op.ints([0])))
-    flat = (op.reshape(v, [-1]) for v in (indices, dy))
-    return op.reshape_like(op.ScatterElements(zeros, *flat, axis=0, reduction="add"), x)
+    return add_at(op, x, indices, dy)
 
 
 def _tiled_max_pool(op: Ops, node: ir.Node, dy: Value, windows: Windows) -> Value:
@@ -77,19 +76,22 @@ def _same(op: Ops, a: Value, b: Value) -> Value:
 @vjp_rule("AveragePool")
 def average_pool(op: Ops, node: ir.Node, dy: Value) -> Gradients:
     """dy / count goes to every element of its window."""
-    x = node.inputs[0]
-    kernel = attribute(node, "kernel_shape")
-    windows = windows_of(node, kernel)
+    windows = windows_of(node, attribute(node, "kernel_shape"))
     scale = 1 / _counts(windows, attribute(node, "count_include_pad", 0), node)
-    spread = op.ConvTranspose(
-        op.reshape(op.Mul(dy, scale.astype(np.float32)), (-1, 1, *windows.count)),
-        np.ones((1, 1, *kernel), np.float32),
+    return spread(op, node.inputs[0], op.Mul(dy, scale.astype(np.float32)), windows)
+
+
+def spread(op: Ops, x: Value, dy: Value, windows: Windows) -> Value:
+    """The gradient by x of sums over windows: dy goes to every element of its window."""
+    spread_out = op.ConvTranspose(
+        op.reshape(dy, (-1, 1, *windows.count)),
+        np.ones((1, 1, *windows.kernel), np.float32),
         strides=windows.stride,
         dilations=windows.dilation,
         pads=windows.padding,
         output_padding=windows.rest,
     )
-    return op.reshape_like(spread, x)
+    return op.reshape_like(spread_out, x)
 
 
 @vjp_rule("GlobalAveragePool")

@@ -1,4 +1,4 @@
-"""Sums, means and softmax."""
+"""Sums, means, products, norms and softmax."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from fedge.autodiff.ops import Dim, Ops, Value, attribute, constant, shape_of
+from fedge.autodiff.ops import Dim, Ops, Value, attribute, attributes, constant, shape_of
 from fedge.autodiff.registry import Gradients, vjp_rule
 
 
@@ -35,6 +35,59 @@ def reduce_extreme(op: Ops, node: ir.Node, dy: Value) -> Gradients:
     best = _spread(op, node, node.outputs[0])
     hits = op.Cast(op.Equal(x, best), to=int(ir.DataType.FLOAT))
     return op.Mul(hits, op.Div(_spread(op, node, dy), op.sum(hits, axes, keepdims=True)))
+
+
+@vjp_rule("ReduceL1")
+def reduce_l1(op: Ops, node: ir.Node, dy: Value) -> Gradients:
+    """y = Σ |x|."""
+    return op.Mul(op.Sign(node.inputs[0]), _spread(op, node, dy))
+
+
+@vjp_rule("ReduceL2")
+def reduce_l2(op: Ops, node: ir.Node, dy: Value) -> Gradients:
+    """y = √Σ x², slope 0 where that is 0."""
+    y = node.outputs[0]
+    safe = op.Where(op.Greater(y, 0.0), y, math.inf)
+    return op.Mul(node.inputs[0], _spread(op, node, op.Div(dy, safe)))
+
+
+@vjp_rule("ReduceSumSquare")
+def reduce_sum_square(op: Ops, node: ir.Node, dy: Value) -> Gradients:
+    """y = Σ x²."""
+    return op.Mul(node.inputs[0], _spread(op, node, op.Mul(dy, 2.0)))
+
+
+@vjp_rule("ReduceLogSum")
+def reduce_log_sum(op: Ops, node: ir.Node, dy: Value) -> Gradients:
+    """y = ln Σ x."""
+    return _spread(op, node, op.Div(dy, op.Exp(node.outputs[0])))
+
+
+@vjp_rule("ReduceLogSumExp")
+def reduce_log_sum_exp(op: Ops, node: ir.Node, dy: Value) -> Gradients:
+    """y = ln Σ eˣ: dy times the softmax."""
+    share = op.Exp(op.Sub(node.inputs[0], _spread(op, node, node.outputs[0])))
+    return op.Mul(share, _spread(op, node, dy))
+
+
+@vjp_rule("ReduceProd")
+def reduce_prod(op: Ops, node: ir.Node, dy: Value) -> Gradients:
+    """dy times the product of the other factors, right where factors are 0."""
+    x = node.inputs[0]
+    zero = op.Cast(op.Equal(x, 0.0), to=int(ir.DataType.FLOAT))
+    factors = op.Add(x, zero)
+    product = op.call("ReduceProd", factors, *node.inputs[1:], **attributes(node))
+    zeros = op.sum(zero, _axes(node), keepdims=True)
+    whole = op.Div(_spread(op, node, op.Mul(dy, product)), factors)
+    return op.Where(op.Equal(op.Sub(zeros, zero), 0.0), whole, 0.0)
+
+
+@vjp_rule("CumSum")
+def cum_sum(op: Ops, node: ir.Node, dy: Value) -> Gradients:
+    """Each element is in the sums after it: a cumulative sum the other way."""
+    settings = {"exclusive": 0, "reverse": 0, **attributes(node)}
+    settings["reverse"] = 1 - settings["reverse"]
+    return op.CumSum(dy, node.inputs[1], **settings)
 
 
 @vjp_rule("GlobalMaxPool")

@@ -7,7 +7,8 @@ import onnx_ir as ir
 
 from fedge.autodiff.ops import Ops, Value, attribute, constant, shape_of
 from fedge.autodiff.registry import Gradients, vjp_rule
-from fedge.errors import UnsupportedOperatorError
+from fedge.autodiff.rules.positions import picked_from
+from fedge.types import Array
 
 
 @vjp_rule("Max", "Min")
@@ -23,29 +24,24 @@ def extreme(op: Ops, node: ir.Node, dy: Value) -> Gradients:
 
 @vjp_rule("Gather")
 def gather(op: Ops, node: ir.Node, dy: Value) -> Gradients:
-    """dy added up per index; for axis 0, which embeddings use.
-
-    Raises:
-        UnsupportedOperatorError: For another axis, unless it picks by constants.
-    """
+    """dy added up per index."""
     x, indices = node.inputs
     axis = attribute(node, "axis", 0) % len(shape_of(x))
     if axis:
-        return _gather_constant(op, node, dy, axis)
+        size = shape_of(x)[axis]
+        if indices.const_value is None or not isinstance(size, int):
+            return picked_from(op, node, dy)
+        one_hot = np.eye(size, dtype=np.float32)[constant(node, 1).reshape(-1)]
+        return _gather_constant(op, node, dy, one_hot)
     zeros = op.Expand(0.0, op.Shape(x))
     places = op.Unsqueeze(op.Cast(indices, to=int(ir.DataType.INT64)), op.ints([-1]))
     return op.ScatterND(zeros, places, dy, reduction="add")
 
 
-def _gather_constant(op: Ops, node: ir.Node, dy: Value, axis: int) -> Value:
+def _gather_constant(op: Ops, node: ir.Node, dy: Value, one_hot: Array) -> Value:
     """Indices are constant: dy times the matrix that put them in place."""
-    x = node.inputs[0]
-    size = shape_of(x)[axis]
-    picked = constant(node, 1)
-    if not isinstance(size, int):
-        raise UnsupportedOperatorError(f"node {node.name!r} gathers from the batch along {axis}")
-    one_hot = np.eye(size, dtype=np.float32)[np.atleast_1d(picked).reshape(-1)]
-    shape = shape_of(x)
+    shape = shape_of(node.inputs[0])
+    axis = attribute(node, "axis") % len(shape)
     rows = op.reshape(dy, (*shape[:axis], len(one_hot), *shape[axis + 1 :]))
     order = [i for i in range(len(shape)) if i != axis] + [axis]
     spread = op.MatMul(op.transpose(rows, order), one_hot)
@@ -54,23 +50,18 @@ def _gather_constant(op: Ops, node: ir.Node, dy: Value, axis: int) -> Value:
 
 @vjp_rule("Slice")
 def slice_(op: Ops, node: ir.Node, dy: Value) -> Gradients:
-    """dy surrounded by zeros; bounds are constant, steps 1.
-
-    Raises:
-        UnsupportedOperatorError: For other steps, or along the batch.
-    """
+    """dy surrounded by zeros; unless bounds are constant and steps 1, put where it came from."""
     shape = shape_of(node.inputs[0])
+    if any(v is not None and v.const_value is None for v in node.inputs[1:]):
+        return picked_from(op, node, dy)
     starts, stops = (constant(node, i).tolist() for i in (1, 2))
-    axes = constant(node, 3).tolist() if len(node.inputs) > 3 else list(range(len(starts)))
-    steps = constant(node, 4).tolist() if len(node.inputs) > 4 else [1] * len(starts)
+    axes = constant(node, 3).tolist() if _has(node, 3) else list(range(len(starts)))
+    steps = constant(node, 4).tolist() if _has(node, 4) else [1] * len(starts)
     before, after = [0] * len(shape), [0] * len(shape)
     for start, stop, axis, step in zip(starts, stops, axes, steps, strict=True):
         size = shape[axis]
         if step != 1 or not isinstance(size, int):
-            raise UnsupportedOperatorError(
-                f"node {node.name!r} is a Slice with step {step} along size {size}; fedge "
-                "differentiates slices with step 1 of fixed dimensions"
-            )
+            return picked_from(op, node, dy)
         first, last, _ = slice(start, stop).indices(size)
         before[axis], after[axis] = first, size - max(last, first)
     return op.Pad(dy, op.ints([*before, *after]))
@@ -80,16 +71,17 @@ def slice_(op: Ops, node: ir.Node, dy: Value) -> Gradients:
 def pad(op: Ops, node: ir.Node, dy: Value) -> Gradients:
     """Cut off what was added (and the reverse, where padding was negative).
 
-    Raises:
-        UnsupportedOperatorError: Unless the padding is constant.
+    In modes other than constant, what was copied outwards is added to where it came from.
     """
-    mode = attribute(node, "mode", "constant")
-    if mode != "constant" or len(node.inputs) > 3:
-        raise UnsupportedOperatorError(
-            f"node {node.name!r} is a Pad in mode {mode}; fedge differentiates constant padding "
-            "of all axes"
-        )
-    return op.Pad(dy, op.ints([-p for p in constant(node, 1).tolist()]))
+    if attribute(node, "mode", "constant") != "constant":
+        return picked_from(op, node, dy)
+    pads = node.inputs[1]
+    back = op.ints([-p for p in constant(node, 1).tolist()]) if pads.const_value else op.Neg(pads)
+    return op.Pad(dy, back, None, node.inputs[3]) if _has(node, 3) else op.Pad(dy, back)
+
+
+def _has(node: ir.Node, index: int) -> bool:
+    return len(node.inputs) > index and node.inputs[index] is not None
 
 
 def _hit(op: Ops, x: Value, y: Value) -> Value:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -498,7 +499,6 @@ def test_prelu_is_expanded(check: Check, n: int, seed: int) -> None:
 
 
 def test_every_rule_is_tested() -> None:
-    """A new rule needs a test that names its operator."""
+    """A new rule needs a test that names its operator, as an argument or in a text model."""
     text = "".join(p.read_text("utf-8") for p in Path(__file__).parent.glob("test_*.py"))
-    elsewhere = {"CastLike", "Dropout", "Split", "Sum"}  # as text models in test_vjp.py
-    assert not [o for o in supported() if f'"{o}"' not in text and o not in elsewhere]
+    assert not [o for o in supported() if not re.search(rf'"{o}"|= {o}[<({{]', text)]
