@@ -131,9 +131,11 @@ def trace(model: onnx.ModelProto, sizes: Sizes) -> Known:
     known = Known()
     for value in _inputs(model):
         known.types[value.name] = _concrete(value.type, sizes)
+    scales = {n for node in model.graph.node if node.op_type == "Resize" for n in node.input[1:3]}
     for tensor in model.graph.initializer:
         known.types[tensor.name] = helper.make_tensor_type_proto(tensor.data_type, tensor.dims)
-        if not tensor.dims or tensor.data_type not in (1, 10, 11):  # floats may be trained
+        trained = tensor.dims and tensor.data_type in (1, 10, 11) and tensor.name not in scales
+        if not trained:
             known.values[tensor.name] = numpy_helper.to_array(tensor)
     opsets = {o.domain.removeprefix("ai.onnx"): o.version for o in model.opset_import}
     imports = [helper.make_opsetid(d, v) for d, v in opsets.items()]
