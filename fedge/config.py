@@ -52,7 +52,7 @@ class Schedule:
         _require(0 <= self.floor <= 1, f"floor is {self.floor}; wanted 0 to 1")
         _positive("gamma", self.gamma)
         if self.length is not None:
-            _at_least("length", self.length, 1)
+            _at_least("length", self.length, self.warmup + 1)
 
     @classmethod
     def of(cls, given: Schedule | str | Mapping[str, Any]) -> Schedule:

@@ -9,6 +9,7 @@ The wheel is onnxruntime-training-cpu 1.19.2; what is repaired here is what it g
 - LayerNormalization, SimplifiedLayerNormalization and Dropout need their optional outputs named;
 - BatchNormalization in inference mode is differentiated as if in training mode, so it is
   rewritten as a scale and a shift; its optional outputs break the eval model and are cut there;
+- HardSigmoid, HardSwish and InstanceNormalization have no gradient and are spelled out;
 - its BCE-with-logits block overflows from a logit of 17 on, so losses are written here;
 - its AdamW is Hugging Face's variant unless ``adam_mode`` is 0;
 - its optimizer model carries an IR version it cannot read.
@@ -149,6 +150,9 @@ def _repair(model: onnx.ModelProto) -> None:
         if node.op_type == "BatchNormalization" and not _attribute(node, "training_mode", 0):
             nodes += _scale_and_shift(node, _rank(model, node.input[0]))
             continue
+        if node.op_type in _SPELLED_OUT:
+            nodes += _SPELLED_OUT[node.op_type](node, _rank(model, node.input[0]))
+            continue
         hidden = _HIDDEN_OUTPUTS.get(node.op_type, ())[len(node.output) - 1 :]
         node.output.extend(f"{node.output[0]}/{name}" for name in hidden)
         nodes.append(node)
@@ -184,6 +188,65 @@ def _scale_and_shift(node: onnx.NodeProto, rank: int) -> list[onnx.NodeProto]:
         make("Mul", [x, f"{at}/factor_c"], [f"{at}/scaled"]),
         make("Add", [f"{at}/scaled", f"{at}/offset_c"], [y]),
     ]
+
+
+def _instance_norm(node: onnx.NodeProto, rank: int) -> list[onnx.NodeProto]:
+    """(x − mean) / √(variance + ε) · scale + bias, over the positions of each row and channel."""
+    x, scale, bias = node.input
+    at, y = f"{node.output[0]}/in", node.output[0]
+    shape = numpy_helper.from_array(np.array([-1] + [1] * (rank - 2), np.int64))
+    eps = numpy_helper.from_array(np.float32(_attribute(node, "epsilon", 1e-5)))
+    make, space = helper.make_node, list(range(2, rank))
+    return [
+        make("Constant", [], [f"{at}/shape"], value=shape),
+        make("Constant", [], [f"{at}/eps"], value=eps),
+        make("ReduceMean", [x], [f"{at}/mean"], axes=space),
+        make("Sub", [x, f"{at}/mean"], [f"{at}/centered"]),
+        make("Mul", [f"{at}/centered", f"{at}/centered"], [f"{at}/square"]),
+        make("ReduceMean", [f"{at}/square"], [f"{at}/variance"], axes=space),
+        make("Add", [f"{at}/variance", f"{at}/eps"], [f"{at}/above"]),
+        make("Sqrt", [f"{at}/above"], [f"{at}/std"]),
+        make("Div", [f"{at}/centered", f"{at}/std"], [f"{at}/unit"]),
+        make("Reshape", [scale, f"{at}/shape"], [f"{at}/scale"]),
+        make("Reshape", [bias, f"{at}/shape"], [f"{at}/bias"]),
+        make("Mul", [f"{at}/unit", f"{at}/scale"], [f"{at}/scaled"]),
+        make("Add", [f"{at}/scaled", f"{at}/bias"], [y]),
+    ]
+
+
+def _hard_sigmoid(node: onnx.NodeProto, _rank: int) -> list[onnx.NodeProto]:
+    """min(1, max(0, αx + β))."""
+    alpha, beta = _attribute(node, "alpha", 0.2), _attribute(node, "beta", 0.5)
+    return _ramp(node.input[0], node.output[0], (alpha, beta))
+
+
+def _hard_swish(node: onnx.NodeProto, _rank: int) -> list[onnx.NodeProto]:
+    """x · min(1, max(0, x/6 + 1/2))."""
+    x, y = node.input[0], node.output[0]
+    ramp = f"{y}/ramp"
+    return [*_ramp(x, ramp, (1 / 6, 0.5)), helper.make_node("Mul", [x, ramp], [y])]
+
+
+def _ramp(x: str, y: str, line: tuple[float, float]) -> list[onnx.NodeProto]:
+    make = helper.make_node
+    values = dict(zip(("alpha", "beta", "low", "high"), (*line, 0.0, 1.0), strict=True))
+    constants = [
+        make("Constant", [], [f"{y}/{n}"], value=numpy_helper.from_array(np.float32(v)))
+        for n, v in values.items()
+    ]
+    return [
+        *constants,
+        make("Mul", [x, f"{y}/alpha"], [f"{y}/steep"]),
+        make("Add", [f"{y}/steep", f"{y}/beta"], [f"{y}/line"]),
+        make("Clip", [f"{y}/line", f"{y}/low", f"{y}/high"], [y]),
+    ]
+
+
+_SPELLED_OUT = {
+    "HardSigmoid": _hard_sigmoid,
+    "HardSwish": _hard_swish,
+    "InstanceNormalization": _instance_norm,
+}
 
 
 def _append_loss(model: onnx.ModelProto, loss: str, labels: LabelSpec) -> None:
@@ -223,8 +286,20 @@ def _join_loss(model: onnx.ModelProto, loss: onnx.ModelProto) -> None:
     graph.value_info.extend(graph.output)
     del graph.output[:]
     graph.output.append(helper.make_tensor_value_info("loss", TensorProto.FLOAT, []))
-    graph.node.extend(part.node)
+    for node in part.node:
+        graph.node.extend(_softplus(node) if node.op_type == "Softplus" else [node])
     graph.initializer.extend(part.initializer)
+
+
+def _softplus(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """−log σ(−x), which has a gradient here; fedge's losses ask for x ≤ 0 alone."""
+    (x,), (y,) = node.input, node.output
+    return [
+        helper.make_node("Neg", [x], [f"{y}/below"]),
+        helper.make_node("Sigmoid", [f"{y}/below"], [f"{y}/share"]),
+        helper.make_node("Log", [f"{y}/share"], [f"{y}/log"]),
+        helper.make_node("Neg", [f"{y}/log"], [y]),
+    ]
 
 
 def _cross_entropy(z: str, y: str) -> list[onnx.NodeProto]:

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.optim import lr_scheduler as lr
 
-from fedge.config import RunConfig, TrainConfig, from_mapping, read_toml
+from fedge.config import RunConfig, Schedule, TrainConfig, from_mapping, read_toml
 from fedge.errors import ConfigError
 
 JSONISH = st.recursive(
@@ -145,3 +149,90 @@ def test_a_broken_settings_file_is_refused(tmp_path: Path, content: bytes, said:
 def test_a_missing_settings_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.toml: No such file"):
         read_toml(tmp_path / "nowhere.toml")
+
+
+# --- Steps that do more, and schedules -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"clip_norm": 0.0}, "clip_norm is 0.0"),
+        ({"accumulate": 0}, "accumulate is 0; it must be at least 1"),
+        ({"proximal_mu": -1.0}, "proximal_mu is -1.0"),
+        ({"proximal_mu": math.nan}, "proximal_mu is nan"),
+        ({"schedule": "linaer"}, "schedule 'linaer'; known: constant, linear, cosine, step"),
+        ({"schedule": 3}, "schedule is 3; wanted a name or a table"),
+        ({"schedule": {"name": "step", "evry": 2}}, "has no setting evry"),
+        ({"schedule": {"floor": 2.0}}, "floor is 2.0"),
+        ({"schedule": {"gamma": 0.0}}, "gamma is 0.0"),
+        ({"schedule": {"warmup": -1}}, "warmup is -1"),
+        ({"schedule": {"length": 0}}, "length is 0"),
+        ({"schedule": {"length": 5, "warmup": 5}}, "length is 5; it must be at least 6"),
+        ({"round_schedule": "cosine"}, "round_schedule cosine needs its length in rounds"),
+    ],
+)
+def test_wrong_steps_and_schedules_are_refused(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        from_mapping(TrainConfig, values, "train")
+
+
+def test_settings_survive_plain_values() -> None:
+    config = TrainConfig(
+        lr=0.1, clip_norm=1.0, accumulate=4, proximal_mu=0.5,
+        schedule=Schedule("cosine", warmup=3), round_schedule=Schedule("step", every=5, gamma=0.5),
+    )  # fmt: skip
+    assert from_mapping(TrainConfig, json.loads(json.dumps(asdict(config))), "train") == config
+    assert TrainConfig().is_plain
+    assert TrainConfig(schedule="cosine").is_plain  # type: ignore[arg-type]
+    assert not config.is_plain
+    assert not TrainConfig(clip_norm=1.0).is_plain
+
+
+def test_a_task_overrides_what_it_may() -> None:
+    config = TrainConfig(epochs=2)
+    asked = {"seed": "7", "lr": 0.5, "steps": 3, "proximal_mu": 0.1, "clip_norm": 2.0}
+    wanted = TrainConfig(lr=0.5, steps=3, proximal_mu=0.1, clip_norm=2.0)
+    assert config.override(asked) == wanted
+    with pytest.raises(ConfigError, match="a task asks for shuffle; clients know seed, lr"):
+        config.override({"shuffle": False})
+
+
+SCHEDULES: list[tuple[Schedule, Any]] = [
+    (Schedule("linear", floor=0.1), lambda o: lr.LinearLR(o, 1.0, 0.1, 12)),
+    (Schedule("cosine"), lambda o: lr.CosineAnnealingLR(o, 12)),
+    (Schedule("cosine", length=6, floor=0.25), lambda o: lr.CosineAnnealingLR(o, 6, 0.25)),
+    (Schedule("step", every=3, gamma=0.5), lambda o: lr.StepLR(o, 3, 0.5)),
+    (Schedule("constant", warmup=4), lambda o: lr.LinearLR(o, 0.25, 1.0, 3)),
+    (
+        Schedule("cosine", warmup=4),
+        lambda o: lr.SequentialLR(
+            o, [lr.LinearLR(o, 0.25, 1.0, 3), lr.CosineAnnealingLR(o, 8)], [4]
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize(("schedule", "oracle"), SCHEDULES, ids=lambda v: getattr(v, "name", ""))
+@pytest.mark.filterwarnings("ignore")
+def test_schedules_are_torchs(schedule: Schedule, oracle: Any) -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
+    theirs = oracle(optimizer)
+    for position in range(min(12, schedule.length or 12)):
+        assert schedule.factor(position, 12) == pytest.approx(
+            optimizer.param_groups[0]["lr"], rel=1e-6
+        )
+        optimizer.step()
+        theirs.step()
+
+
+def test_after_its_length_a_schedule_stays() -> None:
+    assert Schedule("cosine", length=5, floor=0.2).factor(99) == pytest.approx(0.2)
+    assert Schedule("linear", length=5).factor(99) == 0.0
+
+
+def test_a_round_has_its_own_learning_rate() -> None:
+    config = TrainConfig(lr=0.8, round_schedule=Schedule("step", every=2, gamma=0.5))
+    assert [config.for_round(r).lr for r in (1, 2, 3, 5)] == [0.8, 0.8, 0.4, 0.2]
+    assert config.for_round(3).for_round(3).lr == 0.4
+    assert TrainConfig(round_schedule=Schedule("linear", length=2)).for_round(9).lr > 0

@@ -109,18 +109,18 @@ def _bce_with_logits(op: Ops, s: BceWithLogits, z: Value, inputs: Inputs) -> tup
 def _weighted_bce(op: Ops, p: Array, z: Value, y: Value) -> tuple[Value, Pullback]:
     """Mean of (1 − y)·z + k·(log(1 + e^−|z|) + max(−z, 0)) with k = 1 + (p − 1)·y.
 
-    max(−z, 0) is (|z| − z)/2 and the logarithm −log σ(|z|), which ORT's training differentiates
-    rightly at 0 and anywhere.
+    max(−z, 0) is (|z| − z)/2, whose slope at 0 is −1/2 for every differentiator.
     """
     size = op.Abs(z)
     factor = op.Add(op.Mul(y, p - 1), 1.0)
     below = op.Mul(op.Sub(size, z), 0.5)
-    cost = op.Mul(factor, op.Sub(below, op.Log(op.Sigmoid(size))))
+    cost = op.Mul(factor, op.Add(below, op.Softplus(op.Neg(size))))
     loss = op.mean(op.Add(op.Mul(op.Sub(1.0, y), z), cost))
 
     def pullback(seed: Value) -> Value:
-        slope = op.Sub(op.Mul(op.Sigmoid(z), factor), op.Mul(y, p))
-        return op.Mul(slope, op.Div(seed, op.size(z)))
+        wrong = op.Mul(op.Sub(1.0, y), op.Sigmoid(z))
+        right = op.Mul(op.Mul(y, p), op.Sigmoid(op.Neg(z)))
+        return op.Mul(op.Sub(wrong, right), op.Div(seed, op.size(z)))
 
     return loss, pullback
 
@@ -163,9 +163,9 @@ def _kl_of_coins(op: Ops, z: Value, t: Value) -> tuple[Value, Value, Value]:
 
 
 def _log_sigmoid(op: Ops, z: Value) -> Value:
-    """(z − |z|)/2 + log σ(|z|), which does not overflow."""
+    """min(z, 0) − log(1 + e^−|z|), which does not overflow."""
     size = op.Abs(z)
-    return op.Add(op.Mul(op.Sub(z, size), 0.5), op.Log(op.Sigmoid(size)))
+    return op.Sub(op.Mul(op.Sub(z, size), 0.5), op.Softplus(op.Neg(size)))
 
 
 RULES: dict[type[Any], Rule] = {

@@ -39,6 +39,7 @@ def fitted(s: Onnx, outputs: list[Value], opset: int) -> onnx.ModelProto:
         f"the loss model takes {[i.name for i in inputs]} and gives "
         f"{[o.name for o in copy.graph.output]}; {_FORM}",
     )
+    label_spec(s, copy)
     known = {v.name: v for v in outputs}
     for info in others:
         alone = len(others) == 1 and info.name not in known
@@ -47,7 +48,7 @@ def fitted(s: Onnx, outputs: list[Value], opset: int) -> onnx.ModelProto:
 
 
 def label_spec(s: Onnx, model: onnx.ModelProto) -> LabelSpec:
-    """What a fitted loss model's labels look like.
+    """What a loss model's labels look like.
 
     Raises:
         ConfigError: If they are neither int64 nor float32, or have a symbolic size but the first.
