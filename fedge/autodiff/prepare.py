@@ -107,6 +107,10 @@ def _inline(model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto]) -> onnx.Mod
             )
             model.graph.input.append(value)
     typed = onnx.shape_inference.infer_shapes(model)
+    if any("" in n.input for n in nodes):  # it asks the type even of an input that is left out
+        typed.graph.value_info.append(
+            helper.make_tensor_value_info("", onnx.TensorProto.FLOAT, None)
+        )
     names = sorted({("", n.op_type) for n in nodes})
     return inliner.inline_selected_functions(typed, names, inline_schema_functions=True)
 

@@ -101,8 +101,14 @@ def global_max_pool(op: Ops, node: ir.Node, dy: Value) -> Gradients:
 
 @vjp_rule("Softmax")
 def softmax(op: Ops, node: ir.Node, dy: Value) -> Gradients:
-    """s (dy − Σ dy s)."""
+    """s (dy − Σ dy s).
+
+    Where all of a row is masked by −∞, s is NaN; models that let this happen replace it by a Where
+    (attention does), behind which no gradient comes back.
+    """
     s, axis = node.outputs[0], attribute(node, "axis", -1)
+    if any(use.node.op_type in ("Cast", "IsNaN", "Where") for use in s.uses()):
+        s = op.Where(op.IsNaN(s), 0.0, s)
     return op.Mul(s, op.Sub(dy, op.sum(op.Mul(dy, s), [axis], keepdims=True)))
 
 
