@@ -30,9 +30,10 @@ def fitted(s: Onnx, outputs: list[Value], opset: int) -> onnx.ModelProto:
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     constants = {i.name for i in copy.graph.initializer}
-    inputs = [i for i in copy.graph.input if i.name not in constants]
+    kept = [i for i in copy.graph.input if i.name not in constants]
     del copy.graph.input[:]
-    copy.graph.input.extend(inputs)
+    copy.graph.input.extend(kept)
+    inputs = list(copy.graph.input)
     others = [i for i in inputs if i.name != LABELS]
     want(
         len(others) == len(inputs) - 1 >= 1 and len(copy.graph.output) == 1,
