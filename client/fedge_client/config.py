@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedge.config import from_mapping, read_toml
+from fedge.engines.providers import parse
 from fedge.errors import ConfigError, DataError
 from fedge.platform import atomic_write
 
@@ -75,12 +76,16 @@ class EngineConfig:
 
     Attributes:
         name: One of ``ENGINES``; ``auto`` measures what is there and takes the fastest that agrees.
+        providers: Execution providers for engine ``ort``, such as ``["cuda"]``, in order of
+            preference; the first that agrees with the CPU computes. Empty: with ``auto``, those
+            that are found, where they are faster. ``["cpu"]``: none.
         threads: Threads inside one operator; 1 keeps runs bit-equal and the machine usable.
         training_python: Interpreter that holds onnxruntime-training; empty searches for it.
         worker_idle_s: Seconds without work after which the worker process is closed.
     """
 
     name: str = "auto"
+    providers: tuple[str, ...] = ()
     threads: int = 1
     training_python: str = ""
     worker_idle_s: float = 10.0
@@ -88,6 +93,9 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.name not in ENGINES:
             raise ConfigError(f"engine {self.name!r}; wanted {', '.join(ENGINES)}")
+        object.__setattr__(self, "providers", tuple(parse(p) for p in self.providers))
+        if self.providers and self.name == "ort-training":
+            raise ConfigError("engine ort-training has no execution providers; use ort or auto")
         if not 1 <= self.threads <= 1024:
             raise ConfigError(f"threads is {self.threads}; wanted 1 to 1024")
         if self.worker_idle_s < 0:

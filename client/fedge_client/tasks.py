@@ -15,6 +15,7 @@ from typing import Any
 
 from fedge.artifacts.bundle import Bundle, read_manifest
 from fedge.artifacts.manifest import Manifest
+from fedge.engines.interpreters import stock_versions
 from fedge.engines.probe import probe_engines
 from fedge.errors import DataError, LinkError, PolicyError, WorkerDiedError
 from fedge.wire import serde
@@ -99,15 +100,16 @@ class Desk:
 
     async def choose_engine(self, manifest: Manifest) -> tuple[str, str]:
         """The engine for a bundle and why; probed once and remembered."""
-        wanted, threads = self._config.engine.name, self._config.engine.threads
-        if wanted != "auto":
-            return wanted, "set in client.toml"
+        config = self._config.engine
+        if config.name != "auto" and not config.providers:
+            return config.name, "set in client.toml"
         known = self._state.read_json("engines.json") or {}
-        key = f"{manifest.digest}/{threads}/{','.join(available(self._config.engine))}"
+        what = (*available(config), *config.providers, stock_versions())
+        key = f"{manifest.digest}/{config.threads}/{','.join(what)}"
         if key not in known:
-            python = self._config.engine.training_python or None
             bundle = Bundle(self._state.bundle(manifest.digest), manifest)
-            report = await asyncio.to_thread(probe_engines, bundle, threads, python)
+            how = (config.training_python or None, config.name, config.providers)
+            report = await asyncio.to_thread(probe_engines, bundle, config.threads, *how)
             known[key] = [report.engine, report.reason]
             self._state.write_json("engines.json", known)
         return known[key][0], known[key][1]

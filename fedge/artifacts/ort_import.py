@@ -20,7 +20,10 @@ from fedge.platform import silence_telemetry
 TRAINING_PYTHON = "FEDGE_ORT_TRAINING_PYTHON"
 TRAINING_VENV = ".venv-ort-training"
 _TRAINING_WHEELS = ("onnxruntime-training-cpu", "onnxruntime-training")
-_STOCK_WHEELS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-qnn")
+_STOCK_WHEELS = (
+    "onnxruntime",
+    *(f"onnxruntime-{p}" for p in ("gpu", "openvino", "qnn", "directml", "migraphx", "rocm")),
+)
 
 
 def find_training_python(configured: str | Path | None = None) -> Path | None:
@@ -67,6 +70,12 @@ def installed_engine() -> str:
     raise EngineUnavailableError(
         f"no onnxruntime is installed in {sys.prefix}; run: pip install onnxruntime"
     )
+
+
+def stock_versions() -> str:
+    """Stock wheels of this interpreter and their versions: ``onnxruntime 1.31.1``."""
+    wheels = _installed(_STOCK_WHEELS)
+    return ", ".join(f"{w} {importlib.metadata.version(w)}" for w in wheels)
 
 
 def import_training(module: str = "api") -> Any:  # noqa: ANN401 - onnxruntime has no types

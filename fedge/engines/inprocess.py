@@ -5,6 +5,7 @@ from __future__ import annotations
 from fedge.artifacts.bundle import Bundle
 from fedge.engines.base import TrainingEngine
 from fedge.engines.interpreters import installed_engine
+from fedge.engines.providers import split
 from fedge.errors import EngineUnavailableError
 
 
@@ -13,14 +14,16 @@ def open_in_process(bundle: Bundle, name: str = "auto", threads: int = 1) -> Tra
 
     Args:
         bundle: A verified bundle.
-        name: ``ort``, ``ort-training``, or ``auto`` for whichever is installed here.
+        name: ``ort``, ``ort-training``, ``ort:cuda`` for a provider (which nobody has probed
+            here), or ``auto`` for whichever is installed here.
         threads: Of one operator.
 
     Raises:
         EngineUnavailableError: If this interpreter holds the other engine, or both, or none.
     """
     here = installed_engine()
-    if name not in ("auto", here):
+    base, provider = split(name)
+    if base not in ("auto", here):
         raise EngineUnavailableError(
             f"engine {name!r} was asked for in an interpreter that has {here!r}; open it with "
             "fedge.engines.open_engine, which finds the right interpreter"
@@ -28,7 +31,7 @@ def open_in_process(bundle: Bundle, name: str = "auto", threads: int = 1) -> Tra
     if here == "ort":
         from fedge.engines.ort import OrtEngine
 
-        return OrtEngine(bundle, threads)
+        return OrtEngine(bundle, threads, provider)
     from fedge.engines.ort_training import OrtTrainingEngine
 
     return OrtTrainingEngine(bundle, threads)

@@ -12,7 +12,9 @@ from fedge.artifacts.ort_import import (
     TRAINING_VENV,
     find_training_python,
     installed_engine,
+    stock_versions,
 )
+from fedge.engines.providers import split
 from fedge.errors import EngineUnavailableError
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "find_training_python",
     "installed_engine",
     "interpreter_for",
+    "stock_versions",
 ]
 
 
@@ -29,12 +32,13 @@ def interpreter_for(name: str, training_python: str | Path | None = None) -> Pat
     """The interpreter in which an engine's worker must run.
 
     Args:
-        name: ``ort`` or ``ort-training``.
+        name: ``ort``, with a provider or without, or ``ort-training``.
         training_python: Where the training wheel is, if it is not where it is looked for.
 
     Raises:
         EngineUnavailableError: If there is none.
     """
+    name, _ = split(name)
     if name not in ENGINE_FILES:
         raise EngineUnavailableError(f"engine {name!r}; known: {', '.join(ENGINE_FILES)}")
     if name == "ort-training":

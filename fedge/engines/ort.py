@@ -22,6 +22,7 @@ from fedge.engines.batches import batch_indices, learning_rates
 from fedge.engines.checks import check_params, check_training
 from fedge.engines.files import read_model
 from fedge.engines.memory import Memory
+from fedge.engines.providers import CPU
 from fedge.engines.runtime import Session, engine_errors, row_buffers
 from fedge.engines.scoring import Scorer
 from fedge.engines.shaped import ShapedSteps
@@ -45,11 +46,12 @@ class OrtEngine:
     Args:
         bundle: A verified bundle.
         threads: Of one operator. Results are bitwise repeatable for a given number.
+        provider: What computes the steps; the rest is done on the CPU.
     """
 
-    name = "ort"
-
-    def __init__(self, bundle: Bundle, threads: int = 1) -> None:
+    def __init__(self, bundle: Bundle, threads: int = 1, provider: str = CPU) -> None:
+        self.name = "ort" if provider == CPU else f"ort:{provider}"
+        self._provider = provider
         self._bundle, self._manifest, self._threads = bundle, bundle.manifest, threads
         self._scorer = Scorer(bundle, threads)
         self._memory = Memory(bundle)
@@ -154,14 +156,17 @@ class OrtEngine:
 
     @cached_property
     def _step(self) -> Any:  # noqa: ANN401 - onnxruntime's session
-        session = Session(read_model(self._bundle, STEP), self._threads)
+        session = self._open(STEP)
         self._memory.share_all_but(session.outputs)
         return session.raw
 
     @cached_property
     def _grad(self) -> Session:
-        return Session(read_model(self._bundle, GRAD), self._threads)
+        return self._open(GRAD)
 
     @cached_property
     def _update(self) -> Session:
-        return Session(read_model(self._bundle, UPDATE), self._threads)
+        return self._open(UPDATE)
+
+    def _open(self, name: str) -> Session:
+        return Session(read_model(self._bundle, name), self._threads, self._provider)

@@ -10,7 +10,8 @@ import numpy as np
 
 from fedge.artifacts.manifest import Manifest
 from fedge.artifacts.ort_import import prepare_onnxruntime
-from fedge.errors import EngineError, FedgeError
+from fedge.engines.providers import CPU, KNOWN, Provider
+from fedge.errors import EngineError, EngineUnavailableError, FedgeError
 from fedge.types import Array, Params
 
 prepare_onnxruntime()
@@ -30,14 +31,27 @@ def session_options(threads: int) -> Any:  # noqa: ANN401 - onnxruntime has no t
     return options
 
 
-class Session:
-    """One admitted model, ready to run on the CPU."""
+def offered() -> list[str]:
+    """The execution providers this onnxruntime was compiled with, by its own names."""
+    return list(ort.get_available_providers())
 
-    def __init__(self, model: bytes, threads: int = 1) -> None:
+
+class Session:
+    """One admitted model, ready to run.
+
+    Args:
+        model: As admission returned it.
+        threads: Of one operator.
+        provider: Short name of what computes; what it cannot do is left to the CPU.
+    """
+
+    def __init__(self, model: bytes, threads: int = 1, provider: str = CPU) -> None:
+        options = session_options(threads)
         with engine_errors("loading a model"):
-            self.raw = ort.InferenceSession(
-                model, session_options(threads), providers=["CPUExecutionProvider"]
-            )
+            if provider == CPU:
+                self.raw = ort.InferenceSession(model, options, providers=[KNOWN[CPU].name])
+            else:
+                self.raw = _accelerated(model, options, KNOWN[provider])
         self.inputs: tuple[str, ...] = tuple(i.name for i in self.raw.get_inputs())
         self.outputs: tuple[str, ...] = tuple(o.name for o in self.raw.get_outputs())
 
@@ -48,6 +62,19 @@ class Session:
         with engine_errors("running a model"):
             values: list[Array] = self.raw.run(names, fed)
         return dict(zip(names, values, strict=True))
+
+
+def _accelerated(model: bytes, options: Any, provider: Provider) -> Any:  # noqa: ANN401
+    options.use_deterministic_compute = True
+    session = ort.InferenceSession(
+        model, options, providers=[(provider.name, provider.options), KNOWN[CPU].name]
+    )
+    session.disable_fallback()  # a failure must be seen, not hidden by another session
+    if provider.name not in session.get_providers():
+        raise EngineUnavailableError(
+            f"onnxruntime could not load {provider.name}; its own messages above say why"
+        )
+    return session
 
 
 @contextlib.contextmanager

@@ -61,8 +61,10 @@ class Host:
 
     def probe(self, header: dict[str, Any], _: list[bytes]) -> Frame:
         """Compare the engine with the recorded step, and time it."""
+        from fedge.engines.runtime import offered
+
         bundle = reopen_bundle(Path(header["folder"]), header["digest"])
-        return asdict(measure(self.engine, bundle)), []
+        return {**asdict(measure(self.engine, bundle)), "offered": offered()}, []
 
     def put(self, header: dict[str, Any], blobs: list[bytes]) -> None:
         """Keep a data set under a handle, and forget others."""

@@ -76,3 +76,26 @@ def test_a_missing_data_file_is_a_data_error(tmp_path: Path) -> None:
         DataConfig(str(tmp_path / "none.csv"), "y").require_file()
     with pytest.raises(DataError, match="is a folder"):
         DataConfig(str(tmp_path), "y", format="csv").require_file()
+
+
+def test_execution_providers_are_named_in_toml(tmp_path: Path) -> None:
+    path = tmp_path / "client.toml"
+    path.write_text('[engine]\nproviders = ["CUDAExecutionProvider", "cpu"]\n')
+    config = load(tmp_path)
+    assert config.engine.providers == ("cuda", "cpu")
+    save(tmp_path, config)
+    assert load(tmp_path) == config
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('providers = ["azure"]', "web service"),
+        ('providers = ["cudda"]', "known: cpu, cuda"),
+        ('name = "ort-training"\nproviders = ["cuda"]', "has no execution providers"),
+    ],
+)
+def test_providers_that_cannot_be_are_refused(tmp_path: Path, line: str, says: str) -> None:
+    (tmp_path / "client.toml").write_text(f"[engine]\n{line}\n")
+    with pytest.raises(ConfigError, match=says):
+        load(tmp_path)
