@@ -57,6 +57,17 @@ def _weight(op: Ops, operands: tuple[Value, Value, Value], windows: Windows, gro
     ``operands`` are large (what windows slide over), small (one position per window) and W.
     Shapes: G groups, I and O channels per group, T taps, P positions.
     """
+    w = operands[2]
+    out, per_group = static_shape(w)[0] // group, static_shape(w)[1]
+    total = op.sum(weight_by_row(op, operands, windows, group), [0])  # [(G,) O, TI]
+    split = op.reshape(total, (group * out, -1, per_group))
+    return op.reshape(op.transpose(split, (0, 2, 1)), static_shape(w))
+
+
+def weight_by_row(
+    op: Ops, operands: tuple[Value, Value, Value], windows: Windows, group: int
+) -> Value:
+    """The gradient of W by each row alone, [N, (G,) O, TI]: its elements in another order."""
     large, small, w = operands
     out, per_group = static_shape(w)[0] // group, static_shape(w)[1]
     grouped = op.reshape(large, (-1, group, per_group, *windows.size)) if group > 1 else large
@@ -67,7 +78,4 @@ def _weight(op: Ops, operands: tuple[Value, Value, Value], windows: Windows, gro
     rank = len(rows)
     columns = op.Reshape(columns, op.ints([*rows, len(taps) * per_group, -1]))  # [N, (G,) TI, P]
     small = op.Reshape(small, op.ints([*rows, out, -1]))  # [N, (G,) O, P]
-    product = op.MatMul(small, op.Transpose(columns, perm=[*range(rank), rank + 1, rank]))
-    total = op.sum(product, [0])  # [(G,) O, TI]
-    split = op.reshape(total, (group * out, len(taps), per_group))
-    return op.reshape(op.transpose(split, (0, 2, 1)), static_shape(w))
+    return op.MatMul(small, op.Transpose(columns, perm=[*range(rank), rank + 1, rank]))
