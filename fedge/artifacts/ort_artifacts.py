@@ -276,10 +276,10 @@ def _join_loss(model: onnx.ModelProto, loss: onnx.ModelProto) -> None:
     def name(old: str) -> str:
         return kept.get(old, f"loss/{old}")
 
-    for node in part.node:
+    for number, node in enumerate(part.node):
         node.input[:] = [name(n) for n in node.input]
         node.output[:] = [name(n) for n in node.output]
-        node.name = f"loss/{node.name}"
+        node.name = f"loss/{number}"
     for constant in part.initializer:
         constant.name = name(constant.name)
     graph.input.extend(i for i in part.input if i.name in _GIVEN)
