@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -18,9 +18,9 @@ from fedge import tensors
 from fedge.artifacts import manifest as form
 from fedge.artifacts import reference
 from fedge.artifacts.admission import admit_model
-from fedge.artifacts.bundle import Bundle
+from fedge.artifacts.bundle import Bundle, Reference
 from fedge.artifacts.manifest import Manifest, Optimizer, ParamSpec
-from fedge.artifacts.model import normalize, read_model
+from fedge.artifacts.model import graph_inputs, normalize, read_model
 from fedge.artifacts.ort_build import OrtRequest, build_ort_files
 from fedge.artifacts.preprocessing import Preprocessing, build_preprocessor
 from fedge.artifacts.selection import (
@@ -29,17 +29,18 @@ from fedge.artifacts.selection import (
     Source,
     choose,
     param_names,
-    running_statistics,
+    untrained_statistics,
 )
 from fedge.artifacts.signing import generate_signing_key
 from fedge.artifacts.strip import strip
+from fedge.artifacts.torch_export import ExportOptions, export_module
 from fedge.autodiff import TrainingGraphs, training_graphs
 from fedge.autodiff.optimizers import settings_of
 from fedge.config import TrainConfig
 from fedge.errors import ConfigError
 from fedge.losses import Loss, LossLike, Onnx, find_loss
 from fedge.losses import settings_of as settings_of_loss
-from fedge.types import Params
+from fedge.types import Examples, Params
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -53,6 +54,8 @@ def build(
     loss: LossLike | Path | bytes | onnx.ModelProto,
     optimizer: OptimizerLike = "sgd",
     sample: Any = None,  # noqa: ANN401 - arrays, tensors, or collections of them
+    dynamic: Mapping[str, Mapping[int, str]] | None = None,
+    exporter: str = "auto",
     trainable: Patterns = None,
     shared: Patterns = None,
     personal: Patterns = None,
@@ -73,9 +76,14 @@ def build(
         optimizer: ``"sgd"``, ``"adamw"``, or one with settings, such as
             ``{"name": "sgd", "momentum": 0.9}``.
         sample: At least one row of input; needed for an nn.Module.
+        dynamic: Of a module: input -> axis -> name of a size that may vary from data set to data
+            set, as ``{"x": {1: "T"}}``. An ONNX model says so itself.
+        exporter: Of a module: ``torchscript``, ``dynamo``, or ``auto``: the second where the first
+            cannot.
         trainable: Glob patterns of the tensors to train; by default all that can be.
-        shared: Patterns of trained tensors that may leave a device; by default all.
-        personal: Patterns of trained tensors that never leave one. Exclusive with ``shared``.
+        shared: Patterns of tensors training changes (running statistics too) that may leave a
+            device; by default all.
+        personal: Likewise those that never leave one. Exclusive with ``shared``.
         preprocessing: From a site's raw columns to the model's inputs: None, ``Standardize``,
             ``SiteStandardize`` (or ``"site"``), or an ONNX model.
         train: Local training settings devices use unless a round says otherwise.
@@ -90,7 +98,7 @@ def build(
         ConfigError: If an option is wrong or does not fit the model.
         ArtifactError: If the model cannot be used; UnsupportedOperatorError names the operator.
     """
-    source = _read(model, sample)
+    source = _read(model, sample, ExportOptions(exporter, dynamic or {}))
     params = choose(source, Choice(trainable, shared, personal))
     kind = read_loss(loss)
     graphs = _differentiate(source, params, kind, _optimizer(optimizer))
@@ -98,11 +106,9 @@ def build(
     values = _values(source)
     files = _graph_files(graphs, pre.model)
     files[form.PARAMS] = tensors.dump(values, {"kind": "params"})
-    asked = (*graphs.inputs, *graphs.extras)
-    examples = reference.draw_examples(asked, graphs.labels, source.sample)
-    recorded = reference.record(files[form.GRAD], examples, graphs.labels.name, values)
+    recorded = _record(files[form.GRAD], graphs, source, values)
     files[form.REFERENCE] = reference.dump(recorded)
-    request = OrtRequest(source.model, kind, params, _optimizer(optimizer))
+    request = OrtRequest(source.model, kind, params, _optimizer(optimizer), source.sizes)
     ort = build_ort_files(request, graphs, recorded, values)
     manifest = Manifest(
         name=_name(name or source.name),
@@ -122,36 +128,67 @@ def build(
         provenance={**source.provenance, **ort.provenance, "fedge": fedge.__version__},
         loss_settings=settings_of_loss(kind),
         extras=graphs.extras,
+        noise=graphs.noise,
     )
     return Bundle.write(
         manifest, {**files, **ort.files}, signing_key or generate_signing_key(), out
     )
 
 
-def _read(model: Any, sample: Any) -> Source:  # noqa: ANN401
+def _record(grad: bytes, graphs: TrainingGraphs, source: Source, values: Params) -> Reference:
+    """The reference step; Dropout drops in it, by recorded numbers."""
+    asked = (*graphs.inputs, *graphs.extras)
+    drawn = reference.draw_examples(asked, graphs.labels, source.sample, source.sizes)
+    noise = reference.draw_noise(graphs.noise, source.sizes)
+    examples = Examples({**drawn.inputs, **noise}, drawn.labels)
+    return reference.record(grad, examples, graphs.labels.name, values)
+
+
+def _read(model: Any, sample: Any, options: ExportOptions) -> Source:  # noqa: ANN401
     """An ONNX model or a module, in the builder's form."""
     if isinstance(model, (str, Path, bytes, onnx.ModelProto)):
+        if options != ExportOptions():
+            raise ConfigError("dynamic and exporter say how to export a module; this is a model")
         read = read_model(model)
         digest = hashlib.sha256(read.SerializeToString(deterministic=True)).hexdigest()
         name = Path(model).stem if isinstance(model, (str, Path)) else read.graph.name
-        normal = normalize(read)
+        inputs = graph_inputs(read)
+        rows = _sample_rows(sample, [i.name for i in inputs])
+        sizes = _sizes(inputs, rows)
+        normal = normalize(read, sizes)
         params = param_names(normal)
-        trainable = tuple(n for n in params if n not in running_statistics(normal))
+        trainable = tuple(n for n in params if n not in untrained_statistics(normal))
         origin = {"model_sha256": digest, "onnx": onnx.__version__}
-        rows = _sample_rows(sample, [i.name for i in normal.graph.input])
-        return Source(normal, params, trainable, rows, name, origin)
-    from fedge.artifacts.torch_export import export_module
-
-    exported = export_module(model, sample)
+        return Source(normal, params, trainable, rows, name, origin, sizes)
+    exported = export_module(model, sample, options)
+    sizes = _sizes(exported.model.graph.input, exported.sample)
     digest = hashlib.sha256(exported.model.SerializeToString(deterministic=True)).hexdigest()
     origin = {"model_sha256": digest, "onnx": onnx.__version__, "torch": exported.torch_version}
+    origin["exporter"] = exported.exporter
     return Source(
-        normalize(exported.model),
+        normalize(exported.model, sizes),
         exported.params,
         exported.trainable,
         exported.sample,
         type(model).__name__,
         origin,
+        sizes,
+    )
+
+
+def _sizes(inputs: Iterable[onnx.ValueInfoProto], rows: Params) -> dict[str, int]:
+    """What the sample says of sizes that may vary."""
+    return (
+        {
+            dim.dim_param: size
+            for info in inputs
+            for dim, size in zip(
+                info.type.tensor_type.shape.dim, rows[info.name].shape, strict=False
+            )
+            if dim.dim_param and dim.dim_param != form.BATCH
+        }
+        if rows
+        else {}
     )
 
 
@@ -201,6 +238,7 @@ def _differentiate(
         loss=loss,
         optimizer=optimizer,
         proximal=[p.name for p in trained if p.shared],
+        sizes=source.sizes,
     )
     missing = [p.name for p in trained if not _reached(graphs, p.name)]
     if missing:

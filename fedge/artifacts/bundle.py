@@ -187,7 +187,8 @@ class Bundle:
 
         found, meta = tensors.load(self.read(REFERENCE))
         try:
-            inputs = {s.name: found[f"input/{s.name}"] for s in self.manifest.training_inputs}
+            specs = (*self.manifest.training_inputs, *self.manifest.noise)
+            inputs = {s.name: found[f"input/{s.name}"] for s in specs}
             grads = {n: found[f"grad/{n}"] for n in self.manifest.trainable}
             return Reference(Examples(inputs, found["labels"]), float(meta["loss"]), grads)
         except (KeyError, TypeError, ValueError) as exc:

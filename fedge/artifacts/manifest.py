@@ -76,6 +76,7 @@ class ParamSpec:
         shape: Fixed sizes.
         trainable: Whether a step changes it by gradient.
         shared: Whether it takes part in aggregation. Personal tensors (False) never leave.
+        running: Whether a step changes it without a gradient: BatchNormalization's statistics.
     """
 
     name: str
@@ -83,6 +84,12 @@ class ParamSpec:
     shape: tuple[int, ...]
     trainable: bool = True
     shared: bool = True
+    running: bool = False
+
+    @property
+    def leaves(self) -> bool:
+        """Whether its changes may leave a device."""
+        return self.shared and (self.trainable or self.running)
 
 
 @dataclass(frozen=True)
@@ -132,6 +139,8 @@ class Manifest:
         provenance: Who built it with which versions from which model digest.
         loss_settings: What differs from the loss's defaults; see :mod:`fedge.losses`.
         extras: What training asks of rows beside inputs and labels: a teacher's logits.
+        noise: What training graphs take beside rows: uniform random numbers of [0, 1), drawn by the
+            engine for every step (Dropout's).
         schema: Of this document.
     """
 
@@ -152,6 +161,7 @@ class Manifest:
     provenance: dict[str, str] = field(default_factory=dict)
     loss_settings: dict[str, Any] = field(default_factory=dict)
     extras: tuple[TensorSpec, ...] = ()
+    noise: tuple[TensorSpec, ...] = ()
     schema: int = SCHEMA
 
     @property
@@ -176,8 +186,13 @@ class Manifest:
 
     @property
     def shared(self) -> tuple[str, ...]:
-        """Names that may leave the device: trainable and shared."""
-        return tuple(p.name for p in self.params if p.trainable and p.shared)
+        """Names that may leave the device: what training changes and is not personal."""
+        return tuple(p.name for p in self.params if p.leaves)
+
+    @property
+    def running(self) -> tuple[str, ...]:
+        """Names a step changes without a gradient, in order."""
+        return tuple(p.name for p in self.params if p.running)
 
     @property
     def personal(self) -> tuple[str, ...]:
@@ -186,7 +201,7 @@ class Manifest:
 
     def shared_shapes(self) -> dict[str, tuple[int, ...]]:
         """What an update must hold: name -> shape."""
-        return {p.name: p.shape for p in self.params if p.trainable and p.shared}
+        return {p.name: p.shape for p in self.params if p.leaves}
 
     def to_json(self) -> bytes:
         """The canonical bytes that are hashed and signed."""
@@ -233,7 +248,7 @@ def _parse(raw: dict[str, Any]) -> Manifest:
     values = dict(raw)
     values["optimizer"] = from_mapping(Optimizer, raw["optimizer"], "optimizer")
     values["train"] = from_mapping(TrainConfig, raw["train"], "train")
-    for key in ("raw_inputs", "inputs", "outputs", "state", "extras"):
+    for key in ("raw_inputs", "inputs", "outputs", "state", "extras", "noise"):
         values[key] = specs(TensorSpec, raw[key])
     values["params"] = specs(ParamSpec, raw["params"])
     values["labels"] = _spec(LabelSpec, raw["labels"])

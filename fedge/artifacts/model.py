@@ -1,7 +1,8 @@
 """A user's ONNX model brought into the one form the builder works on (build side only).
 
 One file without external data, default operator set 13 to 21, IR version at most 10, no texts, no
-functions; every input and output has the symbolic first dimension ``N`` and fixed other ones.
+functions; the first dimension of every input and output is the symbolic ``N``, others may be
+symbolic under names of their own. What follows from constants and sizes alone is folded.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import onnx
-from onnx import TensorProto, shape_inference, version_converter
+from onnx import TensorProto, helper, inliner, version_converter
 
 from fedge.artifacts.admission import MAX_IR_VERSION, MAX_OPSETS, admit_model
 from fedge.artifacts.bundle import MAX_FILE_BYTES
-from fedge.artifacts.manifest import BATCH, TensorSpec
+from fedge.artifacts.manifest import BATCH, SYMBOL, TensorSpec
+from fedge.artifacts.strip import strip
+from fedge.autodiff.shapes import Sizes, infer_shapes
+from fedge.autodiff.simplify import simplify
 from fedge.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -52,25 +56,36 @@ def read_model(source: onnx.ModelProto | bytes | str | Path) -> onnx.ModelProto:
         raise ArtifactError(f"not an ONNX model: {exc}") from exc
 
 
-def normalize(model: onnx.ModelProto) -> onnx.ModelProto:
+def normalize(model: onnx.ModelProto, sizes: Sizes | None = None) -> onnx.ModelProto:
     """A checked copy in the builder's form.
+
+    Args:
+        model: As exported.
+        sizes: For symbolic dimensions other than the batch, a size that the model accepts.
 
     Raises:
         ArtifactError: Naming what cannot be used, and how to export the model instead.
     """
     _refuse_external(model)
+    model = inliner.inline_local_functions(model) if model.functions else model
     model = _convert_opset(model)
     strip(model)
     model.ir_version = min(max(model.ir_version, 8), MAX_IR_VERSION)
+    inputs = graph_inputs(model)
     initializers = {i.name for i in model.graph.initializer}
-    inputs = [i for i in model.graph.input if i.name not in initializers]
     del model.graph.input[:]
     model.graph.input.extend(inputs)
     _check_names([*(i.name for i in inputs), *(o.name for o in model.graph.output), *initializers])
     admit_model(model.SerializeToString())
     for info in model.graph.input:
         _fix_input(info)
-    return _infer_shapes(model)
+    return _infer_shapes(simplify(model, sizes), sizes)
+
+
+def graph_inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+    """The inputs that are no initializers."""
+    constants = {i.name for i in model.graph.initializer}
+    return [i for i in model.graph.input if i.name not in constants]
 
 
 def specs(infos: Iterable[onnx.ValueInfoProto]) -> tuple[TensorSpec, ...]:
@@ -80,46 +95,6 @@ def specs(infos: Iterable[onnx.ValueInfoProto]) -> tuple[TensorSpec, ...]:
     )
 
 
-def strip(model: onnx.ModelProto) -> None:
-    """Remove, in place, what nothing reads: texts, metadata, unused operator sets."""
-    graph = model.graph
-    for holder in [model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output]:
-        holder.doc_string = ""
-        holder.ClearField("doc_string")
-        holder.ClearField("metadata_props")
-    for node in graph.node:
-        node.ClearField("overload")
-        for attribute in node.attribute:
-            attribute.ClearField("doc_string")
-            if attribute.HasField("t"):
-                _strip_tensor(attribute.t)
-    for tensor in graph.initializer:
-        _strip_tensor(tensor)
-    for info in graph.value_info:
-        info.ClearField("doc_string")
-        info.ClearField("metadata_props")
-    for info in [*graph.input, *graph.output, *graph.value_info]:
-        info.type.ClearField("denotation")
-        for dim in info.type.tensor_type.shape.dim:
-            dim.ClearField("denotation")
-    graph.ClearField("quantization_annotation")
-    _keep_used_opsets(model)
-
-
-def _strip_tensor(tensor: TensorProto) -> None:
-    tensor.ClearField("doc_string")
-    tensor.ClearField("metadata_props")
-    if tensor.data_location == TensorProto.DEFAULT:
-        tensor.ClearField("data_location")
-
-
-def _keep_used_opsets(model: onnx.ModelProto) -> None:
-    used = {"", *("" if n.domain == "ai.onnx" else n.domain for n in model.graph.node)}
-    kept = [o for o in model.opset_import if o.domain in used or o.domain == "ai.onnx"]
-    del model.opset_import[:]
-    model.opset_import.extend(kept)
-
-
 def _refuse_external(model: onnx.ModelProto) -> None:
     for tensor in model.graph.initializer:
         if tensor.external_data or tensor.data_location == TensorProto.EXTERNAL:
@@ -127,8 +102,6 @@ def _refuse_external(model: onnx.ModelProto) -> None:
                 f"tensor {tensor.name!r} lies in another file; save the model as one file: "
                 f"onnx.save(onnx.load(path), path, save_as_external_data=False)"
             )
-    if model.functions:
-        raise ArtifactError("the model holds functions; inline them first (onnx.inliner)")
 
 
 def _convert_opset(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -165,30 +138,37 @@ def _fix_input(info: onnx.ValueInfoProto) -> None:
     for axis, dim in enumerate(tensor.shape.dim):
         if axis == 0:
             dim.dim_param = BATCH
-        elif dim.dim_value < 1:
+        elif dim.dim_value < 1 and (not SYMBOL.fullmatch(dim.dim_param) or dim.dim_param == BATCH):
             raise ArtifactError(
-                f"input {info.name!r} leaves dimension {axis} open ({dim.dim_param or '?'}); only "
-                f"the batch, dimension 0, may be symbolic; export it with fixed sizes"
+                f"input {info.name!r} leaves dimension {axis} open ({dim.dim_param or '?'}); give "
+                f"it a fixed size, or a name of its own of letters and digits, such as T"
             )
 
 
-def _infer_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
-    model.graph.ClearField("value_info")
-    for info in model.graph.output:
-        info.type.tensor_type.ClearField("shape")
-    try:
-        model = shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
-    except Exception as exc:  # InferenceError, or ValueError from below it
-        raise ArtifactError(f"the model's shapes do not fit together: {exc}") from exc
-    for info in model.graph.output:
-        dims = info.type.tensor_type.shape.dim
-        if not dims or dims[0].dim_value or any(d.dim_value < 1 for d in dims[1:]):
+def _infer_shapes(model: onnx.ModelProto, sizes: Sizes | None) -> onnx.ModelProto:
+    """Write down the type of every value; sizes that are no symbol alone are left open."""
+    found = infer_shapes(model, sizes)
+    outputs = [o.name for o in model.graph.output]
+    for name in outputs:
+        shape = found[name][1] if name in found else ()
+        if not shape or shape[0] != BATCH or not all(_is_size(d) for d in shape):
             raise ArtifactError(
-                f"output {info.name!r} has shape {list(_shape(info))}; wanted the batch first and "
-                f"fixed sizes after it; export the model with a symbolic batch dimension"
+                f"output {name!r} has shape {list(shape)}; wanted the batch first and fixed or "
+                f"named sizes after it; export the model with a symbolic batch dimension"
             )
-        dims[0].dim_param = BATCH
+    infos = {
+        n: helper.make_tensor_value_info(n, t, [d if _is_size(d) else None for d in shape])
+        for n, (t, shape) in found.items()
+    }
+    outside = {*outputs, *(i.name for i in (*model.graph.input, *model.graph.initializer))}
+    del model.graph.output[:], model.graph.value_info[:]
+    model.graph.output.extend(infos[n] for n in outputs)
+    model.graph.value_info.extend(i for n, i in infos.items() if n not in outside)
     return model
+
+
+def _is_size(dim: int | str) -> bool:
+    return isinstance(dim, int) or SYMBOL.fullmatch(dim) is not None
 
 
 def _shape(info: onnx.ValueInfoProto) -> tuple[int | str, ...]:

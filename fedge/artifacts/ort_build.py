@@ -14,7 +14,8 @@ from fedge.artifacts.bundle import Reference
 from fedge.artifacts.manifest import ORT_FILES, Optimizer, ParamSpec
 from fedge.artifacts.ort_import import TRAINING_PYTHON, find_training_python
 from fedge.autodiff import TrainingGraphs
-from fedge.errors import ArtifactError, EngineError
+from fedge.autodiff.dropout import explicit_dropout
+from fedge.errors import AdmissionError, EngineError, FedgeError
 from fedge.losses import Loss, settings_of
 from fedge.params import gradient_distance
 from fedge.pipe import Child
@@ -23,16 +24,18 @@ from fedge.types import Params
 AGREEMENT = 1e-5  # ‖Δ‖₂/‖reference‖₂ per tensor: what "to 1e-5" means everywhere
 _TIMEOUT_S = 600.0
 _NO_GRADIENT = re.compile(r"gradient builder has not been registered: (\w+)", re.IGNORECASE)
+_NO_KERNEL = re.compile(r"operator 'com.microsoft:(\w+)Grad' is not on the list")
 
 
 @dataclass(frozen=True)
 class OrtRequest:
-    """What to build: the forward model, its loss and the optimizer."""
+    """What to build: the forward model, its loss, the optimizer, sizes of further symbols."""
 
     model: onnx.ModelProto
     loss: Loss
     params: tuple[ParamSpec, ...]
     optimizer: Optimizer
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,12 @@ def build_ort_files(
         values: Every param at which it was recorded.
 
     Returns:
-        The files, or why ONNX Runtime cannot make or use them.
-
-    Raises:
-        ArtifactError: If ONNX Runtime's loss or a gradient differs from the recorded one.
+        The files, or why ONNX Runtime cannot make or use them: an operator it lacks, or a loss or
+        gradient that differs from the recorded one.
     """
+    reason = _without_a_kernel(request.model)
+    if reason:
+        return OrtFiles(reason=reason)
     settings = {k: v for k, v in request.optimizer.settings.items() if v}
     if request.optimizer.name == "sgd" and settings:
         return OrtFiles(reason=f"ONNX Runtime's SGD has no {', '.join(sorted(settings))}")
@@ -73,9 +77,11 @@ def build_ort_files(
         with Child("fedge.artifacts.ort_artifacts", python) as child:
             files, version = _build(child, request, graphs)
             loss, grads = _step(child, files, recorded, values)
-    except EngineError as exc:
+    except (AdmissionError, EngineError) as exc:
         return OrtFiles(reason=_reason(exc))
-    _compare(loss, grads, recorded)
+    reason = _difference(loss, grads, recorded)
+    if reason:
+        return OrtFiles(reason=reason)
     return OrtFiles(files, provenance={"onnxruntime-training": version})
 
 
@@ -89,7 +95,8 @@ def _build(
         "trainable": [p.name for p in request.params if p.trainable],
         "frozen": [p.name for p in request.params if not p.trainable],
     }
-    sent = [m.SerializeToString() for m in (request.model, graphs.loss)]
+    model, _ = explicit_dropout(request.model, request.sizes)
+    sent = [m.SerializeToString() for m in (model, graphs.loss)]
     answer, blobs = child.call("build", header, sent, _TIMEOUT_S)
     files = dict(zip(ORT_FILES, blobs, strict=True))
     for name in files:
@@ -108,22 +115,41 @@ def _step(
     return float(answer["loss"]), tensors.load(found[0])[0]
 
 
-def _compare(loss: float, grads: Params, recorded: Reference) -> None:
-    if abs(loss - recorded.loss) > AGREEMENT * max(abs(recorded.loss), 1e-12):
-        raise ArtifactError(
+def _difference(loss: float, grads: Params, recorded: Reference) -> str:
+    if not abs(loss - recorded.loss) <= AGREEMENT * max(abs(recorded.loss), 1e-12):
+        return (
             f"the engines disagree: loss {loss!r} by ONNX Runtime's training API, "
             f"{recorded.loss!r} by grad.onnx; please report this model"
         )
     for name, distance in gradient_distance(grads, recorded.grads).items():
         if not distance <= AGREEMENT:
-            raise ArtifactError(
+            return (
                 f"the engines disagree: the gradient of {name!r} by ONNX Runtime's training API "
                 f"is {distance:.1e} off that of grad.onnx; please report this model"
             )
+    return ""
 
 
-def _reason(exc: EngineError) -> str:
-    found = _NO_GRADIENT.search(str(exc))
+def _without_a_kernel(model: onnx.ModelProto) -> str:
+    """What ONNX Runtime 1.19.2 accepts and then cannot run, or dies of."""
+    infos = [*model.graph.value_info, *model.graph.input]
+    shapes = {i.name: i.type.tensor_type.shape.dim for i in infos}
+    for node in model.graph.node:
+        attributes = {a.name: a for a in node.attribute}
+        if node.op_type in ("LSTM", "GRU") and "direction" in attributes:
+            direction = attributes["direction"].s.decode()
+            if direction != "forward":
+                return f"ONNX Runtime has no gradient for {node.op_type} in direction {direction}"
+        if node.op_type == "AveragePool":
+            return "ONNX Runtime has no gradient for AveragePool with a symbolic batch"
+        dims = list(shapes.get(node.input[0], ())) if node.op_type == "MaxPool" else []
+        if not all(d.HasField("dim_value") for d in dims[2:]):
+            return "ONNX Runtime has no gradient for MaxPool of sizes that may vary"
+    return ""
+
+
+def _reason(exc: FedgeError) -> str:
+    found = _NO_GRADIENT.search(str(exc)) or _NO_KERNEL.search(str(exc))
     if found:
         return f"ONNX Runtime has no gradient for {found[1]}"
     text = str(exc)

@@ -7,13 +7,14 @@ Runtime; :func:`record` is the builder's side. Engines are later compared with w
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from fedge import tensors
 from fedge.artifacts.bundle import Reference
-from fedge.artifacts.manifest import LabelSpec, TensorSpec
+from fedge.artifacts.manifest import BATCH, LabelSpec, TensorSpec
 from fedge.errors import ArtifactError, EngineError
 from fedge.pipe import Child, Frame, serve
 from fedge.platform import silence_telemetry
@@ -25,7 +26,10 @@ _TIMEOUT_S = 300.0
 
 
 def draw_examples(
-    inputs: tuple[TensorSpec, ...], labels: LabelSpec, sample: Params | None = None
+    inputs: tuple[TensorSpec, ...],
+    labels: LabelSpec,
+    sample: Params | None = None,
+    sizes: Mapping[str, int] | None = None,
 ) -> Examples:
     """A small batch that repeats: the same for the same specifications.
 
@@ -34,23 +38,25 @@ def draw_examples(
         labels: Drawn from their range, if it has one.
         sample: Rows of real inputs; integer inputs are taken from them, since only the model
             knows which integers are valid. Without one they are 0 or 1.
+        sizes: Of symbolic dimensions but the batch.
     """
     rng = np.random.Generator(np.random.Philox(derive_seed(0, "reference")))
+    sizes = {**(sizes or {}), BATCH: ROWS}
     values: Params = {}
     for spec in inputs:
-        shape = _shape(spec.shape)
+        shape = _shape(spec.shape, sizes)
         if spec.dtype.startswith("float"):
             values[spec.name] = rng.standard_normal(shape).astype(spec.dtype)
         elif sample is not None and spec.name in sample:
             values[spec.name] = np.resize(sample[spec.name], shape).astype(spec.dtype)
         else:
             values[spec.name] = rng.integers(0, 2, shape).astype(spec.dtype)
-    return Examples(values, _draw_labels(labels, rng))
+    return Examples(values, _draw_labels(labels, sizes, rng))
 
 
-def _draw_labels(spec: LabelSpec, rng: np.random.Generator) -> Array:
+def _draw_labels(spec: LabelSpec, sizes: Mapping[str, int], rng: np.random.Generator) -> Array:
     """Whole numbers from the range, the lowest two where it has no end; normal without one."""
-    shape = _shape(spec.shape)
+    shape = _shape(spec.shape, sizes)
     if spec.low is None and spec.dtype == "float32":
         return rng.standard_normal(shape).astype(spec.dtype)
     low = 0 if spec.low is None else int(spec.low)
@@ -81,7 +87,8 @@ def record(grad_model: bytes, examples: Examples, labels: str, params: Params) -
         if not np.isfinite(value).all():
             raise ArtifactError(f"{name} is not finite at the initial params; check the model")
     loss = float(outputs.pop("loss"))
-    return Reference(examples, loss, {n.removesuffix("@grad"): a for n, a in outputs.items()})
+    grads = {n.removesuffix("@grad"): a for n, a in outputs.items() if n.endswith("@grad")}
+    return Reference(examples, loss, grads)
 
 
 def dump(recorded: Reference) -> bytes:
@@ -92,8 +99,15 @@ def dump(recorded: Reference) -> bytes:
     return tensors.dump(named, {"kind": "reference", "loss": recorded.loss})
 
 
-def _shape(dims: tuple[int | str, ...]) -> tuple[int, ...]:
-    return tuple(ROWS if isinstance(d, str) else d for d in dims)
+def draw_noise(noise: tuple[TensorSpec, ...], sizes: Mapping[str, int] | None = None) -> Params:
+    """Uniform random numbers for the recorded step, the same for the same specifications."""
+    rng = np.random.Generator(np.random.Philox(derive_seed(0, "reference noise")))
+    sizes = {**(sizes or {}), BATCH: ROWS}
+    return {s.name: rng.random(_shape(s.shape, sizes), np.float32) for s in noise}
+
+
+def _shape(dims: tuple[int | str, ...], sizes: Mapping[str, int]) -> tuple[int, ...]:
+    return tuple(sizes[d] if isinstance(d, str) else d for d in dims)
 
 
 def _handle_run(_: dict[str, Any], blobs: list[bytes]) -> Frame:

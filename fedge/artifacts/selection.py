@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
@@ -27,6 +27,7 @@ class Source:
         params: Their names, in order; other initializers stay constants.
         trainable: Those trained where the user does not say.
         sample: Rows of input by name, where there are some.
+        sizes: Of symbolic dimensions but the batch: sizes the model accepts.
         name: Of the file or class.
         provenance: Digest of the original and versions of what read it.
     """
@@ -37,6 +38,7 @@ class Source:
     sample: Params
     name: str
     provenance: dict[str, str]
+    sizes: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ class Choice:
 
     Attributes:
         trainable: Those trained; all but running statistics by default.
-        shared: Those trained that may leave the device; the others stay there.
-        personal: Those trained that stay; the others may leave. Exclusive with ``shared``.
+        shared: Those trained, and running statistics, that may leave the device; the others stay.
+        personal: Likewise those that stay; the others may leave. Exclusive with ``shared``.
     """
 
     trainable: Patterns = None
@@ -82,30 +84,43 @@ def choose(source: Source, choice: Choice) -> tuple[ParamSpec, ...]:
         ConfigError: If a pattern matches nothing, nothing is trained, or both ``shared`` and
             ``personal`` are given.
     """
-    params = source.params
+    params, running = source.params, running_statistics(source.model)
     if choice.shared is not None and choice.personal is not None:
         raise ConfigError("shared and personal are both given; give one, the rest is the other")
     trained = list(source.trainable)
     if choice.trainable is not None:
-        trained = _match("trainable", choice.trainable, params)
+        trained = _match("trainable", choice.trainable, [n for n in params if n not in running])
     if not trained:
         raise ConfigError(f"no tensor is trained; choose some of: {', '.join(params) or 'none'}")
+    changed = [n for n in params if n in running or n in trained]
     stay: set[str] = set()
     if choice.personal is not None:
-        stay = set(_match("personal", choice.personal, trained))
+        stay = set(_match("personal", choice.personal, changed))
     elif choice.shared is not None:
-        stay = set(trained) - set(_match("shared", choice.shared, trained))
+        stay = set(changed) - set(_match("shared", choice.shared, changed))
     shapes = {t.name: tuple(t.dims) for t in source.model.graph.initializer}
     return tuple(
-        ParamSpec(n, "float32", shapes[n], trainable=n in trained, shared=n not in stay)
+        ParamSpec(n, "float32", shapes[n], n in trained, n not in stay, n in running)
         for n in params
     )
 
 
 def running_statistics(model: onnx.ModelProto) -> set[str]:
-    """Means and variances of BatchNormalization: changed by training, but not by gradient."""
-    nodes = (n for n in model.graph.node if n.op_type == "BatchNormalization")
-    return {name for node in nodes for name in node.input[3:5]}
+    """Means and variances that BatchNormalization keeps while it trains, without a gradient."""
+    return {n for node in _batch_norms(model) if _trains(node) for n in node.input[3:5]}
+
+
+def untrained_statistics(model: onnx.ModelProto) -> set[str]:
+    """All means and variances of BatchNormalization, frozen ones too: never trained by default."""
+    return {n for node in _batch_norms(model) for n in node.input[3:5]}
+
+
+def _batch_norms(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    return [n for n in model.graph.node if n.op_type == "BatchNormalization"]
+
+
+def _trains(node: onnx.NodeProto) -> bool:
+    return any(a.name == "training_mode" and a.i for a in node.attribute)
 
 
 def _match(option: str, patterns: str | Sequence[str], names: Sequence[str]) -> list[str]:

@@ -11,19 +11,22 @@ import contextlib
 import copy
 import inspect
 import io
+import logging
+import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 
-from fedge.artifacts.manifest import BATCH
+from fedge.artifacts.manifest import BATCH, SYMBOL
 from fedge.errors import ArtifactError, ConfigError
 from fedge.types import Params
 
-OPSET = 17
+OPSET, DYNAMO_OPSET = 17, 18
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Exported:
         trainable: Those that require gradients.
         sample: The rows it was traced with, by input name.
         torch_version: Of the exporter.
+        exporter: Which one it was.
     """
 
     model: onnx.ModelProto
@@ -43,9 +47,39 @@ class Exported:
     trainable: tuple[str, ...]
     sample: Params
     torch_version: str
+    exporter: str
 
 
-def export_module(module: Any, sample: Any) -> Exported:  # noqa: ANN401 - torch types stay here
+@dataclass(frozen=True)
+class ExportOptions:
+    """How to export.
+
+    Attributes:
+        exporter: ``torchscript``, ``dynamo``, or ``auto``: the second where the first cannot.
+        dynamic: Input name -> axis -> name of a size that may vary there, beside the batch.
+    """
+
+    exporter: str = "auto"
+    dynamic: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A module and how it is called: arguments of ``forward``, and names in the model."""
+
+    module: Any
+    arguments: list[str]
+    names: list[str]
+    rows: list[Any]
+    outputs: list[str]
+    dynamic: Mapping[str, Mapping[int, str]]
+
+    def axes(self, name: str) -> dict[int, str]:
+        """Axis -> symbol of an input."""
+        return {0: BATCH, **self.dynamic.get(name, {})}
+
+
+def export_module(module: Any, sample: Any, options: ExportOptions | None = None) -> Exported:  # noqa: ANN401 - torch types stay here
     """Trace a module.
 
     Args:
@@ -53,6 +87,7 @@ def export_module(module: Any, sample: Any) -> Exported:  # noqa: ANN401 - torch
             after ``.eval()``, whole or in part, Dropout is off and BatchNorm is frozen.
         sample: At least one row of each input: a tensor or array, a sequence of them in
             ``forward``'s order, or a mapping by ``forward``'s argument names.
+        options: See there.
 
     Returns:
         The model; a single input is called ``x``, several as in ``forward``; outputs are
@@ -62,35 +97,109 @@ def export_module(module: Any, sample: Any) -> Exported:  # noqa: ANN401 - torch
         ConfigError: If torch is missing, ``module`` is no module or ``sample`` does not fit it.
         ArtifactError: If it cannot be exported faithfully.
     """
-    torch = _torch()
+    torch, options = _torch(), options or ExportOptions()
     if not isinstance(module, torch.nn.Module):
         raise ConfigError(
             f"cannot build from a {type(module).__name__}; give an nn.Module, an onnx.ModelProto, "
             f"the bytes of one, or a path to an .onnx file"
         )
-    module = copy.deepcopy(module).cpu().float()
-    names, rows = _arguments(torch, module, sample)
-    outputs = _output_names(torch, module, rows)
-    target = io.BytesIO()
-    with _quiet(), _export_errors():
-        torch.onnx.export(
-            module,
-            tuple(rows),
-            target,
-            dynamo=False,
-            training=torch.onnx.TrainingMode.PRESERVE,
-            do_constant_folding=False,
-            keep_initializers_as_inputs=True,  # else it merges params of equal value in eval mode
-            opset_version=OPSET,
-            input_names=names,
-            output_names=outputs,
-            dynamic_axes={n: {0: BATCH} for n in [*names, *outputs]},
+    kinds = {"auto": ("torchscript", "dynamo")}.get(options.exporter, (options.exporter,))
+    if not set(kinds) <= _EXPORTERS.keys():
+        raise ConfigError(
+            f"exporter {options.exporter!r} is unknown; known: auto, {', '.join(_EXPORTERS)}"
         )
-    model = onnx.load_model_from_string(target.getvalue())
-    _initializers_once(module, model.graph)
-    params, trainable = _check_params(module, model)
-    arrays = {n: r.numpy() for n, r in zip(names, rows, strict=True)}
-    return Exported(model, params, trainable, arrays, str(torch.__version__))
+    module = copy.deepcopy(module).cpu().float()
+    arguments, names, rows = _arguments(torch, module, sample)
+    _check_dynamic(options.dynamic, dict(zip(names, rows, strict=True)))
+    outputs = _output_names(torch, module, rows)
+    call = _Call(module, arguments, names, rows, outputs, options.dynamic)
+    failures: list[str] = []
+    for kind in kinds:
+        try:
+            model, params, trainable = _export(torch, kind, call)
+        except ArtifactError as exc:
+            failures.append(str(exc))
+        else:
+            arrays = {n: r.numpy() for n, r in zip(names, rows, strict=True)}
+            return Exported(model, params, trainable, arrays, str(torch.__version__), kind)
+    raise ArtifactError("; ".join(failures))
+
+
+def _export(
+    torch: Any,  # noqa: ANN401
+    kind: str,
+    call: _Call,
+) -> tuple[onnx.ModelProto, tuple[str, ...], tuple[str, ...]]:
+    with _quiet(), _export_errors(kind):
+        model = _EXPORTERS[kind](torch, replace(call, module=copy.deepcopy(call.module)))
+    _initializers_once(call.module, model.graph)
+    params, trainable = _check_params(call.module, model)
+    _reset(call.module, model)
+    return model, params, trainable
+
+
+def _torchscript(torch: Any, call: _Call) -> onnx.ModelProto:  # noqa: ANN401
+    target = io.BytesIO()
+    torch.onnx.export(
+        call.module,
+        tuple(call.rows),
+        target,
+        dynamo=False,
+        training=torch.onnx.TrainingMode.PRESERVE,
+        do_constant_folding=False,
+        keep_initializers_as_inputs=True,  # else it merges params of equal value in eval mode
+        opset_version=OPSET,
+        input_names=call.names,
+        output_names=call.outputs,
+        dynamic_axes={n: call.axes(n) for n in call.names} | {o: {0: BATCH} for o in call.outputs},
+    )
+    return onnx.load_model_from_string(target.getvalue())
+
+
+def _dynamo(torch: Any, call: _Call) -> onnx.ModelProto:  # noqa: ANN401
+    symbols = {s for n in call.names for s in call.axes(n).values()}
+    dims = {s: torch.export.Dim(s) for s in symbols}
+    shapes = {
+        a: {axis: dims[s] for axis, s in call.axes(n).items()}
+        for a, n in zip(call.arguments, call.names, strict=True)
+    }
+    program = torch.onnx.export(
+        call.module,
+        tuple(call.rows),
+        dynamo=True,
+        optimize=False,
+        verbose=False,
+        opset_version=DYNAMO_OPSET,
+        input_names=call.names,
+        output_names=call.outputs,
+        dynamic_shapes=shapes,
+    )
+    return _plain_copy(program.model_proto)
+
+
+def _plain_copy(model: onnx.ModelProto) -> onnx.ModelProto:
+    return onnx.load_model_from_string(model.SerializeToString())
+
+
+_EXPORTERS: dict[str, Callable[[Any, _Call], onnx.ModelProto]] = {
+    "torchscript": _torchscript,
+    "dynamo": _dynamo,
+}
+
+
+def _check_dynamic(dynamic: Mapping[str, Mapping[int, str]], rows: Mapping[str, Any]) -> None:
+    for name, axes in dynamic.items():
+        if name not in rows:
+            raise ConfigError(f"dynamic names {name!r}; the model takes {', '.join(rows)}")
+        for axis, symbol in axes.items():
+            if not 0 < axis < rows[name].ndim:
+                raise ConfigError(
+                    f"dynamic: {name} has axis 1 to {rows[name].ndim - 1} but the batch, not {axis}"
+                )
+            if not SYMBOL.fullmatch(symbol) or symbol == BATCH:
+                raise ConfigError(
+                    f"dynamic: {symbol!r} cannot name a size; use letters and digits, such as T"
+                )
 
 
 def _torch() -> Any:  # noqa: ANN401
@@ -104,23 +213,31 @@ def _torch() -> Any:  # noqa: ANN401
     return torch
 
 
-def _arguments(torch: Any, module: Any, sample: Any) -> tuple[list[str], list[Any]]:  # noqa: ANN401
+def _arguments(
+    torch: Any,  # noqa: ANN401
+    module: Any,  # noqa: ANN401
+    sample: Any,  # noqa: ANN401
+) -> tuple[list[str], list[str], list[Any]]:
+    """Arguments of ``forward``, their names in the model, and rows for them."""
     if sample is None:
         raise ConfigError("an nn.Module needs sample=…: at least one row of its input")
     accepted = list(inspect.signature(module.forward).parameters)
     if isinstance(sample, Mapping):
+        if len(sample) == 1 and "x" in sample:  # what the model will call it
+            sample = {accepted[0]: sample["x"]}
         unknown = sorted(set(sample) - set(accepted))
         if unknown:
             raise ConfigError(f"sample names {unknown[0]!r}; forward takes {', '.join(accepted)}")
-        names = [n for n in accepted if n in sample]
-        values = [sample[n] for n in names]
+        arguments = [n for n in accepted if n in sample]
+        values = [sample[n] for n in arguments]
     else:
         one = not isinstance(sample, Sequence) or not hasattr(sample[0], "shape")
         values = [sample] if one else list(sample)
-        names = accepted[: len(values)]
-    if len(names) != len(values):
+        arguments = accepted[: len(values)]
+    if len(arguments) != len(values):
         raise ConfigError(f"sample has {len(values)} inputs; forward takes {', '.join(accepted)}")
-    return ["x"] if len(values) == 1 else names, [_two_rows(torch, v) for v in values]
+    names = ["x"] if len(values) == 1 else arguments
+    return arguments, names, [_two_rows(torch, v) for v in values]
 
 
 def _two_rows(torch: Any, value: Any) -> Any:  # noqa: ANN401
@@ -180,18 +297,44 @@ def _check_params(module: Any, model: onnx.ModelProto) -> tuple[tuple[str, ...],
     return tuple(known), tuple(trainable)
 
 
+def _reset(module: Any, model: onnx.ModelProto) -> None:  # noqa: ANN401
+    """Give params and buffers the module's own values: tracing runs it, which moves statistics."""
+    values = {n: v.detach().cpu() for n, v in module.state_dict(keep_vars=True).items()}
+    for tensor in model.graph.initializer:
+        if tensor.name in values and values[tensor.name].is_floating_point():
+            array = np.ascontiguousarray(values[tensor.name].numpy(), np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+
+
 @contextlib.contextmanager
-def _export_errors() -> Iterator[None]:
+def _export_errors(kind: str) -> Iterator[None]:
     try:
         yield
     except Exception as exc:  # torch.onnx raises many kinds
         text = " ".join(str(exc).split())[:500]
-        raise ArtifactError(f"torch cannot export this module: {text}") from exc
+        raise ArtifactError(f"torch cannot export this module ({kind}): {text}") from exc
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter announces its own deprecation and warns about every traced shape."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
+    """The exporters announce deprecations, missing packages, and a whole graph where they fail.
+
+    That graph is printed from C++, whatever torch is told, so file descriptor 1 is put aside.
+    """
+    log = logging.getLogger("torch.onnx")
+    level, kept = log.level, os.dup(1)
+    log.setLevel(logging.ERROR)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+            Path(os.devnull).open("w") as nowhere,
+        ):
+            os.dup2(nowhere.fileno(), 1)
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        log.setLevel(level)

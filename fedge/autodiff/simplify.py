@@ -6,7 +6,7 @@ Shape, Gather and Concat, a Resize's as more. Params are initializers and are ne
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import onnx
@@ -79,6 +79,15 @@ def _alive(nodes: Iterable[onnx.NodeProto], outputs: Iterable[str]) -> list[onnx
     needed, kept = set(outputs), []
     for node in reversed(list(nodes)):
         if needed.intersection(node.output):
-            needed.update(node.input)
+            needed.update(_reads(node))
             kept.append(node)
     return kept[::-1]
+
+
+def _reads(node: onnx.NodeProto) -> Iterator[str]:
+    """The names of its inputs and of all that the graphs it carries use."""
+    yield from node.input
+    for attribute in node.attribute:
+        for inner in attribute.g.node:
+            yield from _reads(inner)
+        yield from (value.name for value in attribute.g.output)

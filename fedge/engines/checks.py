@@ -16,8 +16,12 @@ from fedge.types import Array, Examples, Params
 
 
 def check_training(manifest: Manifest, data: Examples) -> Examples:
-    """Preprocessed rows to train on, with the extras training asks for; as check_examples."""
-    inputs = check_inputs(manifest.training_inputs, data.inputs)
+    """Preprocessed rows to train on, with the extras training asks for; as check_examples.
+
+    Noise may come with them.
+    """
+    given = tuple(s for s in manifest.noise if s.name in data.inputs)
+    inputs = check_inputs((*manifest.training_inputs, *given), data.inputs)
     return Examples(inputs, _checked_labels(manifest, data.labels))
 
 
@@ -34,7 +38,7 @@ def check_examples(manifest: Manifest, data: Examples) -> Examples:
 
 def without_extras(manifest: Manifest, inputs: Params) -> Params:
     """The inputs that are the model's own."""
-    extras = {s.name for s in manifest.extras}
+    extras = {s.name for s in (*manifest.extras, *manifest.noise)}
     return {n: a for n, a in inputs.items() if n not in extras}
 
 
@@ -43,6 +47,23 @@ def _checked_labels(manifest: Manifest, labels: Array) -> Array:
     if manifest.loss == "cox" and not np.isin(ready[:, 1], (0, 1)).all():
         raise DataError("labels are [time, event]; an event is neither 0 (censored) nor 1")
     return ready
+
+
+def sizes_of(manifest: Manifest, rows: Params) -> dict[str, int]:
+    """The size of each symbol but the batch, in rows that have been checked.
+
+    Raises:
+        DataError: If one symbol has two sizes.
+    """
+    labels = manifest.labels
+    found: dict[str, int] = {}
+    for name, shape in [*((s.name, s.shape) for s in manifest.inputs), (labels.name, labels.shape)]:
+        for symbol, size in zip(shape[1:], rows[name].shape[1:], strict=True):
+            if isinstance(symbol, str) and found.setdefault(symbol, size) != size:
+                raise DataError(
+                    f"{name} has {symbol} = {size}; others have {found[symbol]}: make them fit"
+                )
+    return found
 
 
 def check_inputs(specs: Sequence[TensorSpec], inputs: Params) -> Params:

@@ -7,7 +7,7 @@ pieces and a proximal term need the gradient itself: such steps are in
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -19,11 +19,12 @@ from fedge.artifacts.manifest import GRAD, STEP, UPDATE
 from fedge.config import TrainConfig
 from fedge.engines.base import EvalResult, TrainResult
 from fedge.engines.batches import batch_indices, learning_rates
-from fedge.engines.checks import check_params, check_training
+from fedge.engines.checks import check_params
+from fedge.engines.feed import Feed
 from fedge.engines.files import read_model
 from fedge.engines.memory import Memory
 from fedge.engines.providers import CPU
-from fedge.engines.runtime import Session, engine_errors, row_buffers
+from fedge.engines.runtime import Session, engine_errors
 from fedge.engines.scoring import Scorer
 from fedge.engines.shaped import ShapedSteps
 from fedge.engines.stepping import finite_loss, run_steps
@@ -56,7 +57,8 @@ class OrtEngine:
         self._scorer = Scorer(bundle, threads)
         self._memory = Memory(bundle)
         self._lr, self._loss = np.zeros((), np.float32), np.zeros((), np.float32)
-        self._bound: dict[int, _Bound] = {}
+        self._bound: dict[Hashable, _Bound] = {}
+        self._calls = 0  # of train_step since params were set
 
     def preprocess(self, raw: Examples, site: Params | None = None) -> Examples:
         """See :meth:`TrainingEngine.preprocess`."""
@@ -74,14 +76,15 @@ class OrtEngine:
             now[name][...] = value
         for spec in self._manifest.state:
             now[spec.name][...] = 0
+        self._calls = 0
 
     def train_step(self, batch: Examples, lr: float) -> float:
         """See :meth:`TrainingEngine.train_step`."""
-        rows = self._rows(batch)
-        bound = self._bind(len(batch))
+        feed = Feed(self._manifest, batch, self._calls)
+        bound = self._bind(feed, len(batch))
+        self._calls += 1
         self._lr[...] = lr
-        for name, buffer in bound.rows.items():
-            buffer[...] = rows[name]
+        feed.fill(bound.rows, np.arange(len(batch)))
         with engine_errors("in a training step"):
             self._step.run_with_iobinding(bound.bindings[self._memory.current])
         self._memory.current ^= 1
@@ -89,17 +92,17 @@ class OrtEngine:
 
     def train(self, data: Examples, config: TrainConfig, seed: int) -> TrainResult:
         """See :meth:`TrainingEngine.train`."""
-        rows = self._rows(data)
+        feed = Feed(self._manifest, data, seed)
         rates = learning_rates(len(data), config)
         batches = batch_indices(len(data), config, seed)
         with engine_errors("in training"):
             if config.is_plain:
-                return self._plain(rows, batches, rates, config.lr)
+                return self._plain(feed, batches, rates, config.lr)
             steps = ShapedSteps((self._grad, self._update), self._memory, self._manifest, config)
-            return run_steps(partial(steps.step, rows), batches, rates, config.lr)
+            return run_steps(partial(steps.step, feed), batches, rates, config.lr)
 
     def _plain(
-        self, rows: Params, batches: Iterator[Indices], rates: Iterator[float] | None, lr: float
+        self, feed: Feed, batches: Iterator[Indices], rates: Iterator[float] | None, lr: float
     ) -> TrainResult:
         """:func:`run_steps` of ``step.onnx`` without a call per step: they may take 20 µs."""
         self._lr[...] = lr
@@ -107,9 +110,8 @@ class OrtEngine:
         run, memory = self._step.run_with_iobinding, self._memory
         for chosen in batches:
             size = len(chosen)
-            bound = self._bound.get(size) or self._bind(size)
-            for name, buffer in bound.rows.items():
-                rows[name].take(chosen, 0, buffer, "clip")  # in range; "raise" would copy
+            bound = self._bound.get(feed.key(size)) or self._bind(feed, size)
+            feed.fill(bound.rows, chosen)
             if rates is not None:
                 self._lr[...] = next(rates)
             run(bound.bindings[memory.current])
@@ -121,7 +123,7 @@ class OrtEngine:
 
     def gradients(self, batch: Examples) -> tuple[float, Params]:
         """See :meth:`TrainingEngine.gradients`."""
-        out = self._grad.run({**self._rows(batch), **self._params()})
+        out = self._grad.run({**Feed(self._manifest, batch, 0).whole(), **self._params()})
         return float(out["loss"]), {n: out[f"{n}@grad"] for n in self._manifest.trainable}
 
     def evaluate(self, data: Examples, batch_size: int = 256) -> EvalResult:
@@ -140,19 +142,16 @@ class OrtEngine:
         now = self._memory.now
         return {p.name: now[p.name] for p in self._manifest.params}
 
-    def _rows(self, data: Examples) -> Params:
-        ready = check_training(self._manifest, data)
-        return {**ready.inputs, self._manifest.labels.name: ready.labels}
-
-    def _bind(self, size: int) -> _Bound:
-        if size not in self._bound:
+    def _bind(self, feed: Feed, size: int) -> _Bound:
+        key = feed.key(size)
+        if key not in self._bound:
             if len(self._bound) >= KEPT_SIZES:
                 self._bound.pop(next(iter(self._bound)))
-            rows, session = row_buffers(self._manifest, size), self._step
+            rows, session = feed.buffers(size), self._step
             given, target = {**rows, "lr": self._lr}, {"loss": self._loss}
             first, second = (self._memory.binding(session, i, given, target) for i in (0, 1))
-            self._bound[size] = _Bound(rows, (first, second))
-        return self._bound[size]
+            self._bound[key] = _Bound(rows, (first, second))
+        return self._bound[key]
 
     @cached_property
     def _step(self) -> Any:  # noqa: ANN401 - onnxruntime's session

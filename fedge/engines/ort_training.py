@@ -8,7 +8,7 @@ checked first, and what is left kills a worker and not the client.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from fedge.artifacts.ort_import import import_training
 from fedge.config import TrainConfig
 from fedge.engines.base import EvalResult, TrainResult
 from fedge.engines.batches import batch_indices, learning_rates
-from fedge.engines.checks import check_params, check_training
+from fedge.engines.checks import check_params
+from fedge.engines.feed import Feed
 from fedge.engines.files import read_model
-from fedge.engines.runtime import engine_errors, row_buffers, session_options, shared
+from fedge.engines.runtime import engine_errors, session_options, shared
 from fedge.engines.scoring import Scorer
 from fedge.engines.stepping import Shaper, Step, finite_loss, run_steps
 from fedge.errors import ArtifactError
@@ -59,7 +60,8 @@ class OrtTrainingEngine:
     def __init__(self, bundle: Bundle, threads: int = 1) -> None:
         self._bundle, self._manifest, self._threads = bundle, bundle.manifest, threads
         self._scorer = Scorer(bundle, threads)
-        self._batches: dict[int, _Batch] = {}
+        self._batches: dict[Hashable, _Batch] = {}
+        self._calls = 0  # of train_step since params were set
         self._load(bundle.initial_params())
 
     def preprocess(self, raw: Examples, site: Params | None = None) -> Examples:
@@ -73,6 +75,7 @@ class OrtTrainingEngine:
     def set_params(self, params: Params) -> None:
         """See :meth:`TrainingEngine.set_params`."""
         ready = check_params(self._manifest, params)
+        self._calls = 0
         if self._manifest.state and self._stepped:
             self._load({**self.get_params(), **ready})  # no other way empties the optimizer
         else:
@@ -80,41 +83,42 @@ class OrtTrainingEngine:
 
     def train_step(self, batch: Examples, lr: float) -> float:
         """See :meth:`TrainingEngine.train_step`."""
-        rows = self._rows(batch)
+        feed = Feed(self._manifest, batch, self._calls)
+        self._calls += 1
         with engine_errors("in a training step"):
             self._stepped = True
             self._optimizer.set_learning_rate(lr)
-            loss = self._forward_backward(rows, np.arange(len(batch)))
+            loss = self._forward_backward(feed, np.arange(len(batch)))
             self._optimizer.step()
             self._module.lazy_reset_grad()
         return finite_loss(loss, 1)
 
     def train(self, data: Examples, config: TrainConfig, seed: int) -> TrainResult:
         """See :meth:`TrainingEngine.train`."""
-        rows = self._rows(data)
+        feed = Feed(self._manifest, data, seed)
         rates = learning_rates(len(data), config)
         batches = batch_indices(len(data), config, seed)
         self._stepped = True
         with engine_errors("in training"):
             self._optimizer.set_learning_rate(config.lr)
             if config.is_plain and rates is None:
-                return self._plain(rows, batches)
-            return run_steps(self._shaped(rows, config), batches, rates, config.lr)
+                return self._plain(feed, batches)
+            return run_steps(self._shaped(feed, config), batches, rates, config.lr)
 
-    def _plain(self, rows: Params, batches: Iterator[Indices]) -> TrainResult:
+    def _plain(self, feed: Feed, batches: Iterator[Indices]) -> TrainResult:
         """:func:`run_steps` without a call per step: they may take 20 µs."""
         total, steps, seen = 0.0, 0, 0
         update = self._optimizer._optimizer.optimizer_step  # without the Python wrappers,
         forget = self._module._model.lazy_reset_grad  # which cost as much as a small operator
         for chosen in batches:
-            total += self._forward_backward(rows, chosen) * len(chosen)
+            total += self._forward_backward(feed, chosen) * len(chosen)
             update()
             forget()
             seen += len(chosen)
             steps += 1
         return TrainResult(finite_loss(total / seen, steps), steps, seen)
 
-    def _shaped(self, rows: Params, config: TrainConfig) -> Step:
+    def _shaped(self, feed: Feed, config: TrainConfig) -> Step:
         """A step whose gradient is shaped in ORT's own memory before the optimizer reads it."""
         manifest = self._manifest
         gradients = {n: self._state.parameters[n].grad for n in manifest.trainable}
@@ -122,7 +126,7 @@ class OrtTrainingEngine:
         shaper = Shaper(config, gradients, self._params, held)
 
         def piece(chosen: Indices) -> float:
-            loss = self._forward_backward(rows, chosen)
+            loss = self._forward_backward(feed, chosen)
             self._module.lazy_reset_grad()  # the next piece, or step, starts afresh
             return loss
 
@@ -136,11 +140,13 @@ class OrtTrainingEngine:
 
     def gradients(self, batch: Examples) -> tuple[float, Params]:
         """See :meth:`TrainingEngine.gradients`."""
-        rows = self._rows(batch)
+        feed = Feed(self._manifest, batch, 0)
+        before = {n: np.array(self._params[n]) for n in self._manifest.running}
         with engine_errors("computing gradients"):
-            loss = self._forward_backward(rows, np.arange(len(batch)))
+            loss = self._forward_backward(feed, np.arange(len(batch)))
             found = {n: np.array(self._state.parameters[n].grad) for n in self._manifest.trainable}
             self._module.lazy_reset_grad()
+        self._write(before)
         return loss, found
 
     def evaluate(self, data: Examples, batch_size: int = 256) -> EvalResult:
@@ -196,27 +202,22 @@ class OrtTrainingEngine:
         for name, value in params.items():
             self._params[name][...] = value
 
-    def _rows(self, data: Examples) -> Params:
-        ready = check_training(self._manifest, data)
-        return {**ready.inputs, self._manifest.labels.name: ready.labels}
-
-    def _forward_backward(self, rows: Params, chosen: Indices) -> float:
+    def _forward_backward(self, feed: Feed, chosen: Indices) -> float:
         size = len(chosen)
-        batch = self._batches.get(size) or self._batch(size)
-        for name, buffer in batch.rows.items():
-            rows[name].take(chosen, 0, buffer, "clip")  # indices are in range; "raise" would copy
+        batch = self._batches.get(feed.key(size)) or self._batch(feed, size)
+        feed.fill(batch.rows, chosen)
         self._run(batch.inputs, batch.outputs)
         if batch.loss is None:
             batch.loss = batch.outputs[0].numpy()  # a view: later steps write to the same place
         loss: float = batch.loss.item()
         return loss
 
-    def _batch(self, size: int) -> _Batch:
+    def _batch(self, feed: Feed, size: int) -> _Batch:
         if len(self._batches) >= KEPT_SIZES:
             self._batches.pop(next(iter(self._batches)))
-        rows, inputs = row_buffers(self._manifest, size), OrtValueVector()
+        rows, inputs = feed.buffers(size), OrtValueVector()
         inputs.reserve(len(rows))
         for name in self._order:
             inputs.push_back(shared(rows[name])._ortvalue)
-        self._batches[size] = _Batch(rows, inputs, OrtValueVector())
-        return self._batches[size]
+        batch = self._batches[feed.key(size)] = _Batch(rows, inputs, OrtValueVector())
+        return batch

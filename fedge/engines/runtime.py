@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from fedge.artifacts.manifest import Manifest
 from fedge.artifacts.ort_import import prepare_onnxruntime
 from fedge.engines.providers import CPU, KNOWN, Provider
 from fedge.errors import EngineError, EngineUnavailableError, FedgeError
@@ -87,13 +86,6 @@ def engine_errors(doing: str) -> Iterator[None]:
     except Exception as exc:
         text = str(exc).replace("\n", " ")
         raise EngineError(f"onnxruntime failed {doing}: {type(exc).__name__}: {text}") from exc
-
-
-def row_buffers(manifest: Manifest, size: int) -> Params:
-    """Zeroed buffers for ``size`` rows of every training input and of the labels, by name."""
-    specs = [(s.name, s.dtype, s.shape) for s in manifest.training_inputs]
-    specs.append((manifest.labels.name, manifest.labels.dtype, manifest.labels.shape))
-    return {n: np.zeros((size, *(int(d) for d in shape[1:])), t) for n, t, shape in specs}
 
 
 def shared(array: Array) -> Any:  # noqa: ANN401 - onnxruntime's OrtValue

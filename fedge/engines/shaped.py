@@ -7,15 +7,16 @@ adds the proximal term, clips, and is the optimizer. Plain steps are one run of 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
 
 from fedge.artifacts.manifest import Manifest
 from fedge.config import TrainConfig
+from fedge.engines.feed import Feed
 from fedge.engines.memory import NEXT, Memory
-from fedge.engines.runtime import Session, row_buffers
+from fedge.engines.runtime import Session
 from fedge.engines.stepping import add_piece
 from fedge.types import Array, Indices, Params
 
@@ -47,17 +48,17 @@ class ShapedSteps:
         self._lr, self._loss = np.zeros((), np.float32), np.zeros((), np.float32)
         self._gradients = _buffers(self._grad.outputs, GRAD_OF, memory.now)
         self._changed = _buffers(self._grad.outputs, NEXT, memory.now)
-        self._bound: dict[int, _Bound] = {}
+        self._bound: dict[Hashable, _Bound] = {}
         self._update, self._updates = update.raw, self._bind_update(update, config)
 
-    def step(self, rows: Params, chosen: Indices, lr: float) -> float:
+    def step(self, feed: Feed, chosen: Indices, lr: float) -> float:
         """One step on the chosen rows; returns the loss before it, without the proximal term."""
         memory = self._memory
         loss, sums = 0.0, dict[str, Array]()
         parts = np.array_split(chosen, min(self._pieces, len(chosen)))
         for part in parts:
             share = len(part) / len(chosen)
-            loss += self._piece(rows, part) * share
+            loss += self._piece(feed, part) * share
             if len(parts) > 1:
                 sums = add_piece(self._gradients, sums, share)
         self._lr[...] = lr
@@ -65,12 +66,12 @@ class ShapedSteps:
         memory.current ^= 1
         return loss
 
-    def _piece(self, rows: Params, chosen: Indices) -> float:
+    def _piece(self, feed: Feed, chosen: Indices) -> float:
         """Gradients of one piece, and what it changes without gradient, in both sets."""
         memory = self._memory
-        buffers, bindings = self._bound.get(len(chosen)) or self._bind(len(chosen))
-        for name, buffer in buffers.items():
-            rows[name].take(chosen, 0, buffer, "clip")
+        size = len(chosen)
+        buffers, bindings = self._bound.get(feed.key(size)) or self._bind(feed, size)
+        feed.fill(buffers, chosen)
         self._grad.raw.run_with_iobinding(bindings[memory.current])
         for name, value in self._changed.items():
             for one in memory.sets:
@@ -78,14 +79,14 @@ class ShapedSteps:
         loss: float = self._loss.item()
         return loss
 
-    def _bind(self, size: int) -> _Bound:
+    def _bind(self, feed: Feed, size: int) -> _Bound:
         if len(self._bound) >= KEPT_SIZES:
             self._bound.pop(next(iter(self._bound)))
-        rows = row_buffers(self._manifest, size)
+        rows = feed.buffers(size)
         targets = {**self._gradients, **self._changed, "loss": self._loss}
         first, second = (self._memory.binding(self._grad.raw, i, rows, targets) for i in (0, 1))
-        self._bound[size] = rows, (first, second)
-        return self._bound[size]
+        self._bound[feed.key(size)] = rows, (first, second)
+        return rows, (first, second)
 
     def _bind_update(self, session: Session, config: TrainConfig) -> tuple[Any, Any]:
         limit = math.inf if config.clip_norm is None else config.clip_norm

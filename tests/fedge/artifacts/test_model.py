@@ -107,7 +107,7 @@ def _scalar_input(model: onnx.ModelProto) -> None:
 
 
 def _open_dimension(model: onnx.ModelProto) -> None:
-    model.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "width"
+    model.graph.input[0].type.tensor_type.shape.dim[1].ClearField("dim_value")
 
 
 def _text_input(model: onnx.ModelProto) -> None:
@@ -124,10 +124,6 @@ def _baked_batch(model: onnx.ModelProto) -> None:
     model.graph.initializer.append(numpy_helper.from_array(np.array([2, 3]), "shape"))
 
 
-def _functions(model: onnx.ModelProto) -> None:
-    model.functions.add(name="f", domain="d")
-
-
 def _rename(old: str, new: str) -> Callable[[onnx.ModelProto], None]:
     def change(model: onnx.ModelProto) -> None:
         for names in (n for node in model.graph.node for n in (node.input, node.output)):
@@ -142,11 +138,10 @@ def _rename(old: str, new: str) -> Callable[[onnx.ModelProto], None]:
     ("change", "message"),
     [
         (_external, "'W' lies in another file; save the model as one file"),
-        (_functions, "inline them first"),
         (_scalar_input, "'t' has rank 0; its first dimension must be the batch"),
-        (_open_dimension, r"leaves dimension 1 open \(width\); only the batch"),
+        (_open_dimension, r"leaves dimension 1 open \(\?\); give it a fixed size, or a name"),
         (_text_input, "'t' is no tensor of a known dtype"),
-        (_wrong_shapes, "shapes do not fit together"),
+        (_wrong_shapes, "shapes do not fit each other"),
         (_baked_batch, r"output 'y' has shape \[2, 3\]; wanted the batch first"),
         (_rename("x", "labels"), "'labels' names an input"),
         (_rename("y", "loss"), "'loss' names an input"),

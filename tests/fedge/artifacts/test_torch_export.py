@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedge.artifacts.torch_export import export_module
+from fedge.artifacts.torch_export import ExportOptions, export_module
 from fedge.errors import ArtifactError, ConfigError
 
 
@@ -168,8 +168,46 @@ def test_what_does_not_fit_is_refused(module: Any, sample: Any, message: str) ->
 
 def test_what_torch_cannot_export_is_refused_in_its_words() -> None:
     module = nn.Sequential(nn.Linear(4, 4), nn.RMSNorm(4))
-    with pytest.raises(ArtifactError, match="torch cannot export this module: .*rms_norm"):  # noqa: RUF043
-        export_module(module, np.zeros((1, 4)))
+    with pytest.raises(ArtifactError, match=r"this module \(torchscript\): .*rms_norm"):
+        export_module(module, np.zeros((1, 4)), ExportOptions("torchscript"))
+
+
+def test_what_torchscript_cannot_export_the_other_exporter_does() -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.RMSNorm(4))
+    exported = export_module(module, np.zeros((1, 4)))
+    assert exported.exporter == "dynamo"
+    assert exported.params == ("0.weight", "0.bias", "1.weight")
+    assert exported.model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "N"
+
+
+def test_statistics_are_the_module_s_own_not_what_tracing_makes_of_them() -> None:
+    module = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    exported = export_module(module, np.ones((2, 4)))
+    found = {t.name: onnx.numpy_helper.to_array(t) for t in exported.model.graph.initializer}
+    np.testing.assert_array_equal(found["1.running_mean"], np.zeros(3))
+    np.testing.assert_array_equal(found["1.running_var"], np.ones(3))
+
+
+def test_sizes_that_may_vary_have_names() -> None:
+    module = nn.Conv1d(1, 2, 3, padding=1)
+    options = ExportOptions(dynamic={"x": {2: "T"}})
+    (info,) = export_module(module, np.zeros((1, 1, 8)), options).model.graph.input
+    dims = [d.dim_param or d.dim_value for d in info.type.tensor_type.shape.dim]
+    assert dims == ["N", 1, "T"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (ExportOptions("fx"), "exporter 'fx' is unknown; known: auto, torchscript, dynamo"),
+        (ExportOptions(dynamic={"y": {1: "T"}}), "dynamic names 'y'; the model takes x"),
+        (ExportOptions(dynamic={"x": {0: "T"}}), "x has axis 1 to 1 but the batch, not 0"),
+        (ExportOptions(dynamic={"x": {1: "N"}}), "'N' cannot name a size"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options: ExportOptions, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        export_module(nn.Linear(4, 2), np.zeros((1, 4)), options)
 
 
 def test_without_torch_the_advice_is_onnx(monkeypatch: pytest.MonkeyPatch) -> None:
