@@ -123,3 +123,44 @@ def test_predictions_are_what_accuracy_counts() -> None:
     assert list(metrics.predictions(scored("mse"), logits).ravel()) == [-1.0, 2.0]
     two = {"y": np.array([[0.0, 1.0], [1.0, 0.0]], np.float32)}
     assert list(metrics.predictions(scored("cross_entropy"), two)) == [1, 0]
+
+
+def test_ignored_labels_and_positions_are_counted_as_the_loss_does() -> None:
+    logits = {"y": np.zeros((2, 3, 2), np.float32)}
+    logits["y"][0, 1, :] = 1
+    labels = np.array([[1, -100], [0, 2]])
+    got = metrics.evaluate_outputs(scored("cross_entropy", -100), logits, labels)
+    assert got == pytest.approx({"accuracy": 2 / 3})
+    nobody = np.full((2, 2), -100)
+    assert metrics.evaluate_outputs(scored("cross_entropy", -100), logits, nobody) == {}
+    assert metrics.evaluate_outputs(scored(""), logits, labels) == {}
+
+
+def test_score_names() -> None:
+    names = {"cross_entropy": "accuracy", "bce_with_logits": "accuracy", "mse": "rmse"}
+    for kind in ("cross_entropy", "bce_with_logits", "mse", "cox", ""):
+        assert metrics.score_name(kind) == names.get(kind, "")
+
+
+@given(st.integers(1, 25), st.integers(0, 999))
+def test_concordance_is_the_share_of_pairs_in_order(rows: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    risks, time, event = rng.integers(0, 6, (3, rows))
+    event = event % 2
+    won, pairs = 0.0, 0
+    for i in range(rows):
+        for j in range(rows):
+            later = time[j] > time[i] or (time[j] == time[i] and not event[j])
+            if event[i] and later:
+                pairs += 1
+                won += 1.0 if risks[i] > risks[j] else 0.5 * (risks[i] == risks[j])
+    labels = np.stack([time, event], 1)
+    found = metrics.concordance(risks[:, None], labels)
+    assert math.isnan(found) if not pairs else found == pytest.approx(won / pairs)
+    got = metrics.evaluate_outputs(scored("cox"), {"y": risks[:, None]}, labels)
+    assert got == ({} if not pairs else {"concordance": pytest.approx(won / pairs)})
+
+
+def test_concordance_wants_time_and_event() -> None:
+    with pytest.raises(DataError, match="predictions for"):
+        metrics.concordance(np.zeros(3), np.zeros((2, 2)))
