@@ -33,10 +33,10 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-aarch64 test-pythons check lint format types layers proto proto-check docker-check docs-check bench notebooks clean
+.PHONY: help demo test test-aarch64 test-pythons test-providers check lint format types layers proto proto-check docker-check docs-check bench notebooks clean
 
 help:  ## This list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(BASE) $(TRAINING)  ## A real federation on this machine: a server and four hospitals (ARGS="--json")
 	$(BIN)/fedge-server demo $(ARGS)
@@ -50,6 +50,10 @@ test-aarch64: $(DEV) $(TORCHED)  ## Emulated Raspberry Pis join a real server (q
 test-pythons: $(DEV)  ## The client in the other Pythons installed here, with a device's packages
 	@found=$$(tools/pythons.sh $(PYTHONS) | paste -sd :); \
 	FEDGE_PYTHONS="$$found" $(BIN)/python -m pytest -n 0 tests/integration/test_pythons.py $(ARGS)
+
+test-providers: $(DEV) $(TORCHED)  ## OpenVINO's onnxruntime against the CPU (half a gigabyte)
+	@FEDGE_PROVIDER_PYTHON=$$(tools/provider_python.sh $(BIN)/python onnxruntime-openvino) \
+	  $(BIN)/python -m pytest -n 0 tests/fedge/engines/test_providers.py $(ARGS)
 
 check: lint types layers proto-check docker-check  ## Style, types, layers, generated code, Docker files
 

@@ -17,7 +17,7 @@ from fedge_client import cli as client_cli
 from fedge_server import cli as server_cli
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/README.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("docs/*.md")])
 SCRIPTS = Path(sys.executable).parent
 PARSERS = {"fedge-server": server_cli.parser(), "fedge-client": client_cli._parser()}
 
@@ -40,7 +40,7 @@ def _commands(page: Path) -> Iterator[list[str]]:
 
 
 COMMANDS = [(page.name, words) for page in PAGES for words in _commands(page)]
-TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+TARGETS = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
 @pytest.mark.parametrize(
