@@ -118,10 +118,12 @@ def _case(found: Any, operator: str) -> Case:  # noqa: ANN401 - onnx's TestCase
 
 
 def _discrete(by: list[str], of: list[str], model: ModelProto) -> str:
-    types = [v.type.WhichOneof("value") for v in (*model.graph.input, *model.graph.output)]
-    if set(types) - {"tensor_type"}:
-        return ""  # for the operator to be refused by name
-    return "no floating-point input" if not by else "" if of else "no floating-point output"
+    """Why nothing is differentiated; sequences are left for their operators to be refused."""
+    if not by and all(v.type.HasField("tensor_type") for v in model.graph.input):
+        return "no floating-point input"
+    if not of and all(v.type.HasField("tensor_type") for v in model.graph.output):
+        return "no floating-point output"
+    return ""
 
 
 def _rename_reserved(graph: GraphProto) -> None:

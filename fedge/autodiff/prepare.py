@@ -15,7 +15,7 @@ from fedge.autodiff.ops import Ops, Value
 from fedge.autodiff.registry import has_rule
 from fedge.autodiff.shapes import Sizes, infer_shapes
 from fedge.autodiff.simplify import simplify
-from fedge.errors import ArtifactError
+from fedge.errors import ArtifactError, UnsupportedOperatorError
 
 OPSETS = range(13, 25)
 BASE_OPSET = 17  # older models are converted: ScatterElements with reduction needs 16
@@ -65,6 +65,7 @@ def normalize(model: onnx.ModelProto, sizes: Sizes | None = None) -> onnx.ModelP
 
     Raises:
         ArtifactError: If the opset is out of range, or the shapes do not fit each other.
+        UnsupportedOperatorError: If an input or output is no tensor.
     """
     opset = opset_of(model)
     if opset not in OPSETS:
@@ -72,6 +73,7 @@ def normalize(model: onnx.ModelProto, sizes: Sizes | None = None) -> onnx.ModelP
             f"the model uses opset {opset}; fedge reads {OPSETS[0]} to {OPSETS[-1]}: "
             "export it again with opset_version=17"
         )
+    _refuse_containers(model.graph)
     if opset < BASE_OPSET:
         model = version_converter.convert_version(model, BASE_OPSET)
     model = inliner.inline_local_functions(model)
@@ -79,6 +81,17 @@ def normalize(model: onnx.ModelProto, sizes: Sizes | None = None) -> onnx.ModelP
     del model.graph.value_info[:]
     model.ir_version = min(model.ir_version, MAX_IR_VERSION)
     return model
+
+
+def _refuse_containers(graph: onnx.GraphProto) -> None:
+    for value in (*graph.input, *graph.output):
+        kind = str(value.type.WhichOneof("value"))
+        for node in graph.node:
+            if kind != "tensor_type" and value.name in (*node.input, *node.output):
+                raise UnsupportedOperatorError(
+                    f"node {node.name or node.output[0]!r} is a {node.op_type} on {value.name!r}, "
+                    f"a {kind.removesuffix('_type')}; fedge differentiates operators on tensors"
+                )
 
 
 def _expand(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -56,7 +56,6 @@ CONSTANT = frozenset(
         "RandomNormalLike",
         "RandomUniform",
         "RandomUniformLike",
-        "Range",
         "Round",
         "Shape",
         "Sign",

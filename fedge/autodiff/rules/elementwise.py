@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from fedge.autodiff.ops import Ops, Value, attribute
 from fedge.autodiff.registry import Gradients, vjp_rule
+from fedge.errors import UnsupportedOperatorError
 
 # HardSigmoid(αy) with this α is 1 where y > 0 and 0 elsewhere, in one pass: half the time of
 # Greater and Where (measured: 24 against 45 µs on 110,592 elements).
@@ -23,8 +24,14 @@ def identity(_op: Ops, _node: ir.Node, dy: Value) -> Gradients:
 @vjp_rule("Cast", "CastLike")
 def cast(op: Ops, node: ir.Node, dy: Value) -> Gradients:
     """y = x in another dtype; no gradient flows to integers (nor to CastLike's example)."""
-    dtype = node.inputs[0].dtype
-    return op.Cast(dy, to=int(dtype)) if dtype is not None and dtype.is_floating_point() else None
+    x = node.inputs[0]
+    if x.dtype is None:  # what has no rule has no types either
+        maker = x.producer()
+        raise UnsupportedOperatorError(
+            f"the type of {x.name!r} is unknown; fedge cannot differentiate the "
+            f"{maker.op_type if maker else 'input'} that it comes from"
+        )
+    return op.Cast(dy, to=int(x.dtype)) if x.dtype.is_floating_point() else None
 
 
 @vjp_rule("Add")

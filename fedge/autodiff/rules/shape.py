@@ -59,6 +59,13 @@ def expand(op: Ops, node: ir.Node, dy: Value) -> Gradients:
     return op.unbroadcast(dy, node.outputs[0], node.inputs[0])
 
 
+@vjp_rule("Range")
+def range_(op: Ops, _node: ir.Node, dy: Value) -> Gradients:
+    """y[i] = start + i · delta; the limit only says how many."""
+    places = op.Range(0.0, op.size(dy), 1.0)
+    return op.ReduceSum(dy, keepdims=0), None, op.ReduceSum(op.Mul(dy, places), keepdims=0)
+
+
 @vjp_rule("Tile")
 def tile(op: Ops, node: ir.Node, dy: Value) -> Gradients:
     """Sum over the copies."""

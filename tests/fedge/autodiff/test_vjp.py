@@ -203,6 +203,45 @@ def test_an_operator_without_a_rule_off_the_path_does_not_matter(run_model: Run)
     np.testing.assert_allclose(found["w@grad"], rows.T @ np.exp(rows @ W), rtol=1e-4)
 
 
+LOOP = """
+h = Exp(x) e = Constant<value=bool {1}>() t = Constant<value=int64 {2}>()
+v, y = Loop(t, e, x)
+<body = b (int64 i, bool c, float[N,4] s) => (bool k, float[N,4] n, float[N,4] z)
+{k = Identity(c) n = Add(s, h) z = Identity(n)}>
+"""
+
+
+def test_what_a_carried_graph_takes_from_outside_counts() -> None:
+    graph = model(f"g (float[N,4] x) => (float[M,N,4] y) {{{LOOP}}}")
+    with pytest.raises(UnsupportedOperatorError, match="is a Loop"):
+        vjp(graph, outputs=["y"], wrt=["h"])
+
+
+def test_sequences_are_refused_by_operator() -> None:
+    graph = model(
+        "g (seq(float[N,4]) x) => (float[N,4] y)"
+        "{i = Constant<value=int64 {0}>() y = SequenceAt(x, i)}"
+    )
+    with pytest.raises(UnsupportedOperatorError, match="'y' is a SequenceAt on 'x', a sequence"):
+        vjp(graph, outputs=["y"], wrt=["x"])
+
+
+def test_numbers_may_be_trained(run_model: Run) -> None:
+    """Float initializers of rank 0 are no constants to fold."""
+    graph = model(
+        "g (float[N,4] x) => (float[N,4] y)"
+        "{f = Constant<value_float=5.9>() r = Range(a, f, b) e = Exp(r) y = Mul(x, e)}"
+    )
+    for name, value in {"a": 0.5, "b": 1.5}.items():
+        array = np.array(value, np.float32)
+        graph.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    c = np.random.default_rng(6).standard_normal((3, 4)).astype(np.float32)
+    found = gradients(run_model, graph, {"y": c}, ["a", "b"])
+    by_range = (c * X).sum(0) * np.exp(0.5 + 1.5 * np.arange(4))
+    np.testing.assert_allclose(found["a@grad"], by_range.sum(), rtol=1e-4)
+    np.testing.assert_allclose(found["b@grad"], (by_range * np.arange(4)).sum(), rtol=1e-4)
+
+
 def test_two_inputs_with_the_same_gradient_get_one_each(run_model: Run) -> None:
     graph = model("g (float[N,4] x) => (float[N,4] y) {h = Exp(x) s = Add(x, h) y = Tanh(s)}")
     found = gradients(run_model, graph, {"y": np.ones((3, 4), np.float32)}, ["h", "s", "x"])
