@@ -10,6 +10,7 @@ The wheel is onnxruntime-training-cpu 1.19.2; what is repaired here is what it g
 - BatchNormalization in inference mode is differentiated as if in training mode, so it is
   rewritten as a scale and a shift; its optional outputs break the eval model and are cut there;
 - HardSigmoid, HardSwish and InstanceNormalization have no gradient and are spelled out;
+- BatchNormalization in training mode keeps the batch's variance as it is, torch n/(n − 1) of it;
 - its BCE-with-logits block overflows from a logit of 17 on, so losses are written here;
 - its AdamW is Hugging Face's variant unless ``adam_mode`` is 0;
 - its optimizer model carries an IR version it cannot read.
@@ -92,6 +93,7 @@ def build_files(
         made = {n: onnx.load(Path(folder, n)) for n in (TRAINING, EVALUATION, OPTIMIZER)}
         checkpoint = Path(folder, "nominal_checkpoint").read_bytes()
     _unroll_relu_grad(made[TRAINING])
+    _unbias_variance(made[TRAINING])
     _trim_batch_norm(made[EVALUATION])
     _set_optimizer(made[OPTIMIZER], optimizer)
     for part in made.values():
@@ -347,6 +349,54 @@ def _trim_batch_norm(model: onnx.ModelProto) -> None:
     for node in model.graph.node:
         if node.op_type == "BatchNormalization":
             del node.output[1:]
+
+
+def _unbias_variance(model: onnx.ModelProto) -> None:
+    """Running variances take n/(n − 1) of the batch's, as torch's do; the kernel takes n/n.
+
+    The kernel has written v ← m·v + (1 − m)·b over the param; (1 − m)·b/(n − 1) is added there.
+    """
+    nodes = []
+    for node in model.graph.node:
+        nodes.append(node)
+        if node.op_type == "BatchNormInternal":
+            nodes += _missing_variance(node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+
+
+def _missing_variance(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    x, scale, running, inverse = node.input[0], node.input[1], node.output[2], node.output[4]
+    at, make = f"{running}/unbiased", helper.make_node
+    values = {
+        "eps": _attribute(node, "epsilon", 1e-5),
+        "share": 1 - _attribute(node, "momentum", 0.9),
+        "one": 1.0,
+    }
+    return [
+        *(
+            make("Constant", [], [f"{at}/{n}"], value=numpy_helper.from_array(np.float32(v)))
+            for n, v in values.items()
+        ),
+        make("Constant", [], [f"{at}/no"], value=numpy_helper.from_array(np.zeros(1, bool))),
+        make("Size", [x], [f"{at}/all"]),
+        make("Size", [scale], [f"{at}/channels"]),
+        make("Div", [f"{at}/all", f"{at}/channels"], [f"{at}/count"]),
+        make("Cast", [f"{at}/count"], [f"{at}/n"], to=int(TensorProto.FLOAT)),
+        make("Sub", [f"{at}/n", f"{at}/one"], [f"{at}/n_less"]),
+        make("Max", [f"{at}/n_less", f"{at}/one"], [f"{at}/free"]),
+        make("Div", [f"{at}/share", f"{at}/free"], [f"{at}/factor"]),
+        make("Mul", [inverse, inverse], [f"{at}/precision"]),
+        make("Div", [f"{at}/one", f"{at}/precision"], [f"{at}/above"]),
+        make("Sub", [f"{at}/above", f"{at}/eps"], [f"{at}/variance"]),
+        make("Mul", [f"{at}/variance", f"{at}/factor"], [f"{at}/missing"]),
+        make(
+            "InPlaceAccumulatorV2",
+            [running, f"{at}/missing", f"{at}/no"],
+            [f"{at}/done"],
+            domain="com.microsoft",
+        ),
+    ]
 
 
 def _unroll_relu_grad(model: onnx.ModelProto) -> None:
