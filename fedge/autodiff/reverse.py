@@ -80,6 +80,15 @@ def _reads(node: ir.Node) -> Iterator[Value | None]:
                 yield from inner.inputs
 
 
+def _reads(node: ir.Node) -> Iterator[Value | None]:
+    """The node's inputs, and what the graphs it carries take from outside."""
+    yield from node.inputs
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            for inner in ir.traversal.RecursiveGraphIterator(attribute.value):
+                yield from inner.inputs
+
+
 def _zeros(op: Ops, like: Value) -> Value:
     if all(isinstance(d, int) for d in shape_of(like)):
         return op.const(np.zeros(static_shape(like), np.float32))
