@@ -21,6 +21,7 @@ from fedge.autodiff.losses import (
 from fedge.autodiff.ops import Value, shape_of
 from fedge.autodiff.optimizers import GivenGradients, Updates, apply_optimizer, settings_of
 from fedge.autodiff.prepare import Forward, finish, load, normalize
+from fedge.autodiff.recompute import Recompute
 from fedge.autodiff.reverse import backward
 from fedge.autodiff.rewrite import batch_statistics, inference_mode, relu_after_pooling
 from fedge.autodiff.shapes import Sizes
@@ -75,6 +76,7 @@ def training_graphs(
     optimizer: Optimizer,
     proximal: Sequence[str] = (),
     sizes: Sizes | None = None,
+    recompute: bool | int = False,
 ) -> TrainingGraphs:
     """Differentiate a model.
 
@@ -87,6 +89,8 @@ def training_graphs(
             weight_decay).
         proximal: Those of ``trainable`` that a proximal term may hold back.
         sizes: For symbolic dimensions other than the batch, a size that the model accepts.
+        recompute: Whether ``step`` and ``grad`` make activations again rather than keep them all
+            (True), in how many segments (a number); see :mod:`fedge.autodiff.recompute`.
 
     Raises:
         ArtifactError: If the model does not fit: opset, names, shapes, missing params.
@@ -98,7 +102,7 @@ def training_graphs(
     model, kind = normalize(model, sizes), find_loss(loss)
     training, noise = explicit_dropout(model, sizes)
     names = (tuple(params), tuple(trainable))
-    plan = _Plan(model, training, *names, kind, optimizer, dict(sizes or {}))
+    plan = _Plan(model, training, *names, kind, optimizer, dict(sizes or {}), recompute)
     forward = plan.load()
     step, state = plan.step()
     return TrainingGraphs(
@@ -129,6 +133,7 @@ class _Plan:
     loss: Loss
     optimizer: Optimizer
     sizes: Sizes
+    recompute: bool | int
 
     def load(self, model: onnx.ModelProto | None = None) -> Forward:
         missing = sorted(set(self.trainable) - set(self.params))
@@ -187,8 +192,16 @@ class _Plan:
         after = batch_statistics(forward)
         running = {f"{n}@next": v for n, v in after.items() if n in self.params}
         written = write_loss(forward, self.loss)
-        gradients = _Gradients(forward, list(forward.graph), self.trainable, written)
+        gradients = _Gradients(
+            forward, list(forward.graph), self.trainable, written, self._recompute(forward, written)
+        )
         return forward, written, gradients, running
+
+    def _recompute(self, forward: Forward, written: Written) -> Recompute | None:
+        if self.recompute is False:
+            return None
+        data = (*forward.inputs, *written.inputs)
+        return Recompute(data, None if self.recompute is True else int(self.recompute))
 
     @staticmethod
     def _inputs(forward: Forward, written: Written) -> list[Value]:
@@ -203,10 +216,11 @@ class _Gradients:
     nodes: list[ir.Node]
     trainable: tuple[str, ...]
     written: Written
+    recompute: Recompute | None
 
     def __call__(self, seed: Value) -> Mapping[str, Value]:
         wrt = [self.forward.params[n] for n in self.trainable]
-        found = backward(self.forward.op, self.nodes, self.written.seeds(seed), wrt)
+        found = backward(self.forward.op, self.nodes, self.written.seeds(seed), wrt, self.recompute)
         for value, param in zip(found, wrt, strict=True):
             value.shape, value.dtype = param.shape, param.dtype
         return dict(zip(self.trainable, found, strict=True))
