@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import onnx_ir as ir
 
 from fedge.autodiff.ops import Ops, Value, attribute, static_shape
 from fedge.autodiff.registry import Gradients, vjp_rule
 from fedge.autodiff.rules.windows import (
     Windows,
-    tap_slices,
+    pad,
     transposed_windows_of,
+    window_slice,
     windows_of,
 )
 
 
 @vjp_rule("Conv")
 def conv(op: Ops, node: ir.Node, dy: Value) -> Gradients:
-    """Y = X ∗ W + b: dX by ConvTranspose, dW as one matrix product over shifted copies of X."""
+    """Y = X ∗ W + b: dX by ConvTranspose, dW by matrix products of shifted copies."""
     w = node.inputs[1]
     windows = windows_of(node, static_shape(w)[2:])
     group = attribute(node, "group", 1)
@@ -55,27 +59,58 @@ def _weight(op: Ops, operands: tuple[Value, Value, Value], windows: Windows, gro
     """dW[o, i, tap] = Σ over rows and positions of small[·, o, ·] large[·, i, · shifted by tap].
 
     ``operands`` are large (what windows slide over), small (one position per window) and W.
-    Shapes: G groups, I and O channels per group, T taps, P positions.
     """
     w = operands[2]
     out, per_group = static_shape(w)[0] // group, static_shape(w)[1]
-    total = op.sum(weight_by_row(op, operands, windows, group), [0])  # [(G,) O, TI]
-    split = op.reshape(total, (group * out, -1, per_group))
-    return op.reshape(op.transpose(split, (0, 2, 1)), static_shape(w))
+    products, order = _products(op, operands, windows, group)
+    sums = [op.reshape(op.sum(p, [0]), (group, per_group, -1, out)) for p in products]
+    total = sums[0] if len(sums) == 1 else op.Concat(*sums, axis=2)  # [G, I, T, O]
+    if order != sorted(order):
+        total = op.Gather(total, op.ints(np.argsort(order).tolist()), axis=2)
+    return op.reshape(op.transpose(total, (0, 3, 1, 2)), static_shape(w))
 
 
 def weight_by_row(
     op: Ops, operands: tuple[Value, Value, Value], windows: Windows, group: int
 ) -> Value:
-    """The gradient of W by each row alone, [N, (G,) O, TI]: its elements in another order."""
+    """The gradient of W by each row alone, [N, G, I, TO]: its elements in another order."""
+    products, _ = _products(op, operands, windows, group)
+    return products[0] if len(products) == 1 else op.Concat(*products, axis=3)
+
+
+def _products(
+    op: Ops, operands: tuple[Value, Value, Value], windows: Windows, group: int
+) -> tuple[list[Value], list[int]]:
+    """Per row, large times small under every tap: [N, G, I, some taps · O] each, and those taps.
+
+    Along the first spatial axis small is moved against large, along the others large is sliced:
+    for 3×3 that is 3 + 3 copies where im2col makes 9, and the matrices are wider. Moving adds
+    whole lines of zeros, long contiguous copies. With a stride s, taps whose offsets along the
+    first axis agree modulo s share a slice.
+
+    Shapes: G groups, I and O channels per group, T taps.
+    """
     large, small, w = operands
     out, per_group = static_shape(w)[0] // group, static_shape(w)[1]
-    grouped = op.reshape(large, (-1, group, per_group, *windows.size)) if group > 1 else large
-    lead = 3 if group > 1 else 2
-    taps = tap_slices(op, grouped, windows, lead)  # each [N, (G,) I, *count]
-    columns = taps[0] if len(taps) == 1 else op.Concat(*taps, axis=lead - 1)
-    rows = [0, group] if group > 1 else [0]
-    rank = len(rows)
-    columns = op.Reshape(columns, op.ints([*rows, len(taps) * per_group, -1]))  # [N, (G,) TI, P]
-    small = op.Reshape(small, op.ints([*rows, out, -1]))  # [N, (G,) O, P]
-    return op.MatMul(small, op.Transpose(columns, perm=[*range(rank), rank + 1, rank]))
+    lines, line = windows.count[0], math.prod(windows.count[1:])
+    small = op.Reshape(small, op.ints([0, group, out, lines * line]))
+    large = pad(op, large, windows, 2)
+    products: list[Value] = []
+    order: list[int] = []
+    columns = windows.starts(1)
+    for first, moves in windows.first_axis_moves().items():
+        last = max(moves.values())
+        moved = [_between_zeros(op, small, m * line, (last - m) * line) for m in moves.values()]
+        y = moved[0] if len(moved) == 1 else op.Concat(*moved, axis=2)
+        y = op.Transpose(y, perm=[0, 1, 3, 2])
+        for number, column in enumerate(columns):
+            x = window_slice(op, large, windows, (first, *column), lines + last)
+            x = op.Reshape(x, op.ints([0, group, per_group, (lines + last) * line]))
+            products.append(op.MatMul(x, y))
+            order += [tap * len(columns) + number for tap in moves]
+    return products, order
+
+
+def _between_zeros(op: Ops, x: Value, before: int, after: int) -> Value:
+    """``x`` with zeros on both sides of its last axis, the fourth."""
+    return op.Pad(x, op.ints([0, 0, 0, before, 0, 0, 0, after])) if before or after else x

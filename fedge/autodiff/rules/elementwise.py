@@ -80,6 +80,10 @@ def div(op: Ops, node: ir.Node, dy: Value) -> Gradients:
 def pow_(op: Ops, node: ir.Node, dy: Value) -> Gradients:
     """y = aᵇ; ∂y/∂b = y ln a, taken as 0 where a ≤ 0."""
     a, exponent = node.inputs
+    known = ir.convenience.get_const_tensor(exponent)
+    if known is not None and known.size == 1 and known.numpy().item() == 2:
+        double = op.unbroadcast(op.Mul(dy, op.Add(a, a)), node.outputs[0], a)
+        return double, None  # Pow by a tensor takes ten times as long
     b = op.Cast(exponent, to=int(ir.DataType.FLOAT)) if _integers(exponent) else exponent
     out = node.outputs[0]
     da = op.Mul(op.Mul(dy, b), op.Pow(a, op.Sub(b, 1.0)))
@@ -194,13 +198,9 @@ def hard_sigmoid(op: Ops, node: ir.Node, dy: Value) -> Gradients:
 
 @vjp_rule("Clip")
 def clip(op: Ops, node: ir.Node, dy: Value) -> Gradients:
-    """y = min(max(x, low), high); bounds belong to the inside, as in torch."""
-    x, *bounds = node.inputs
-    low, high = [*bounds, None, None][:2]
-    for bound, outside in ((low, op.Less), (high, op.Greater)):
-        if bound is not None:
-            dy = op.Where(outside(x, bound), 0.0, dy)
-    return dy
+    """y = min(max(x, low), high): dy where y is x, so bounds belong to the inside, as in torch."""
+    same = op.Equal(node.inputs[0], node.outputs[0])
+    return op.Mul(dy, op.Cast(same, to=int(ir.DataType.FLOAT)))
 
 
 @vjp_rule("Where")

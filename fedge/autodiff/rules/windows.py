@@ -51,10 +51,20 @@ class Windows:
 
     def taps(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         """Per tap of the kernel: where in the padded input its elements start and end."""
-        starts = product(
-            *(range(0, k * d, d) for k, d in zip(self.kernel, self.dilation, strict=True))
-        )
-        return [(start, self._stop(start)) for start in starts]
+        return [(start, self._stop(start)) for start in self.starts()]
+
+    def starts(self, axis: int = 0) -> list[tuple[int, ...]]:
+        """Per tap of the axes from ``axis`` on: where in the padded input its elements start."""
+        sides = zip(self.kernel[axis:], self.dilation[axis:], strict=True)
+        return list(product(*(range(0, k * d, d) for k, d in sides)))
+
+    def first_axis_moves(self) -> dict[int, dict[int, int]]:
+        """The first axis' taps by their offset modulo the stride: tap -> offset over stride."""
+        found: dict[int, dict[int, int]] = {}
+        for tap in range(self.kernel[0]):
+            windows, rest = divmod(tap * self.dilation[0], self.stride[0])
+            found.setdefault(rest, {})[tap] = windows
+        return found
 
     def _stop(self, start: Sequence[int]) -> tuple[int, ...]:
         return tuple(
@@ -117,3 +127,25 @@ def tap_slices(op: Ops, x: Value, windows: Windows, lead: int) -> list[Value]:
         op.Slice(padded, op.ints(start), op.ints(stop), axes, steps)
         for start, stop in windows.taps()
     ]
+
+
+def window_slice(
+    op: Ops, padded: Value, windows: Windows, start: Sequence[int], lines: int
+) -> Value:
+    """From ``start`` on, every stride-th element: ``lines`` along the first axis, else ``count``.
+
+    ``padded`` has two axes before the spatial ones.
+    """
+    count = (lines, *windows.count[1:])
+    ends = [b + (n - 1) * s + 1 for b, n, s in zip(start, count, windows.stride, strict=True)]
+    rank = len(ends)
+    size = [n + p for n, p in zip(windows.size, _padding_sums(windows), strict=True)]
+    if set(windows.stride) == {1} and not any(start) and ends == size:
+        return padded
+    axes, steps = op.ints(range(2, 2 + rank)), op.ints(windows.stride)
+    return op.Slice(padded, op.ints(start), op.ints(ends), axes, steps)
+
+
+def _padding_sums(windows: Windows) -> list[int]:
+    rank = len(windows.size)
+    return [a + b for a, b in zip(windows.padding[:rank], windows.padding[rank:], strict=True)]
