@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
@@ -18,6 +18,7 @@ from fedge.wire.v1 import link_pb2 as pb
 from fedge.wire.v1.link_pb2_grpc import LinkStub
 
 _CALL_S = 30.0  # a unary answer, or the next chunk
+_REPLY_S = 300.0  # the server's verdict on a whole update
 _REFUSALS = (
     grpc.StatusCode.UNAUTHENTICATED,
     grpc.StatusCode.ALREADY_EXISTS,
@@ -30,6 +31,7 @@ _FINAL = (
     grpc.StatusCode.FAILED_PRECONDITION,
     grpc.StatusCode.OUT_OF_RANGE,
 )
+T = TypeVar("T")
 
 
 class NotRetryableError(LinkError):
@@ -60,7 +62,8 @@ class Stream:
             LinkError: If nothing came for ``timeout_s``, or the stream ended.
         """
         with _mapped("session"):
-            event = await asyncio.wait_for(self._call.read(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                event = await self._call.read()
         if event is grpc.aio.EOF:
             with _mapped("session"):
                 code, details = await self._call.code(), await self._call.details()
@@ -85,6 +88,7 @@ class Link:
 
     def __init__(self, address: str, ca_pem: bytes, key_pem: bytes, cert_pem: bytes) -> None:
         self._address = address
+        self._closed = asyncio.Event()
         credentials = grpc.ssl_channel_credentials(ca_pem, key_pem, cert_pem)
         options = [
             ("grpc.ssl_target_name_override", SERVER_NAME),
@@ -121,7 +125,8 @@ class Link:
 
     async def session(self, hello: pb.Hello) -> Stream:
         """Open the long-lived stream and say hello."""
-        stream = Stream(self._stub.Session())
+        with _mapped("session"):
+            stream = Stream(self._stub.Session())
         await stream.send(pb.DeviceEvent(hello=hello))
         return stream
 
@@ -132,11 +137,17 @@ class Link:
             NotRetryableError: If the server does not have it for us.
             LinkError: If the link broke on the way.
         """
-        call = self._stub.Download(pb.DownloadRequest(digest=digest, offset=receiver.offset))
+        await self._while_open("download", self._download(digest, receiver))
+
+    async def _download(self, digest: str, receiver: serde.Receiver) -> None:
+        request = pb.DownloadRequest(digest=digest, offset=receiver.offset)
+        with _mapped("download"):
+            call = self._stub.Download(request)
         try:
             with _mapped("download"):
                 while True:
-                    chunk = await asyncio.wait_for(call.read(), _CALL_S)
+                    async with asyncio.timeout(_CALL_S):
+                        chunk = await call.read()
                     if chunk is grpc.aio.EOF:
                         break
                     _accept(receiver, chunk)
@@ -162,22 +173,52 @@ class Link:
             NotRetryableError: If the server cannot take it, now or later.
             LinkError: If the link broke on the way; deliver again.
         """
-        call = self._stub.Upload()
+        return await self._while_open("upload", self._upload(header, path, patience_s))
+
+    async def _upload(
+        self, header: pb.UploadHeader, path: Path, patience_s: float
+    ) -> pb.UploadReply:
+        with _mapped("upload"):
+            call = self._stub.Upload()
         try:
             with _mapped("upload"):
-                await call.write(pb.UploadPart(header=header))
+                await _write(call, pb.UploadPart(header=header))
                 if not await _ended(call, patience_s):
                     for chunk in serde.iter_chunks(path):
-                        await call.write(pb.UploadPart(chunk=chunk))
+                        await _write(call, pb.UploadPart(chunk=chunk))
                     await call.done_writing()
-                reply: pb.UploadReply = await call
+                async with asyncio.timeout(_REPLY_S):
+                    reply: pb.UploadReply = await call
         finally:
             call.cancel()
         return reply
 
     async def close(self) -> None:
         """Close the channel and everything on it."""
+        self._closed.set()
         await self._channel.close()
+
+    async def _while_open(self, what: str, work: Coroutine[Any, Any, T]) -> T:
+        """Do it, but not longer than the channel lives.
+
+        grpc.aio may leave a call waiting for ever that began just as its connection was lost.
+        """
+        job = asyncio.create_task(work)
+        closed = asyncio.create_task(self._closed.wait())
+        try:
+            await asyncio.wait({job, closed}, return_when=asyncio.FIRST_COMPLETED)
+            if not job.done():
+                raise LinkError(f"{what}: the channel was closed")
+            return job.result()
+        finally:
+            for task in (job, closed):
+                task.cancel()
+            await asyncio.gather(job, closed, return_exceptions=True)
+
+
+async def _write(call: Any, part: pb.UploadPart) -> None:  # noqa: ANN401 - grpc's types are not exported
+    async with asyncio.timeout(_CALL_S):
+        await call.write(part)
 
 
 async def _ended(call: Any, within_s: float) -> bool:  # noqa: ANN401 - grpc's types are not exported

@@ -39,14 +39,14 @@ class Server:
     events: list[dict[str, Any]] = field(default_factory=list)
     _buffer: bytes = b""
 
-    def wait_for(self, kind: str, count: int = 1, wait_s: float = WAIT_S) -> dict[str, Any]:
-        """The ``count``-th event of a kind."""
+    def wait_for(self, *kinds: str, count: int = 1, wait_s: float = WAIT_S) -> dict[str, Any]:
+        """The ``count``-th event of one of these kinds."""
         deadline = time.monotonic() + wait_s
         while True:
-            found = [e for e in self.events if e["event"] == kind]
+            found = [e for e in self.events if e["event"] in kinds]
             if len(found) >= count:
                 return found[count - 1]
-            assert time.monotonic() < deadline, f"no {kind}: {self.log.read_text()[-2000:]}"
+            assert time.monotonic() < deadline, f"no {kinds}: {self.log.read_text()[-2000:]}"
             self._read()
 
     def _read(self) -> None:

@@ -45,16 +45,15 @@ def test_a_killed_server_finishes_the_same_run(
     draw = random.Random(strategy)
     seen = {}
     for _ in range(KILLS):
-        event = server.wait_for("round")
+        event = server.wait_for("round", "idle")  # idle: the run was over when it was killed
+        if event["event"] == "idle":
+            break
         seen[event["round"]] = event
         time.sleep(draw.uniform(0.0, 0.2))
         server.process.kill()
         server.process.wait()
         server = world.serve(*args)
-        if any(e["event"] == "idle" for e in server.events):
-            break
-    else:
-        server.wait_for("finished")
+    server.wait_for("finished", "idle")
 
     for client in clients:
         client.wait_for(f"model of round {ROUNDS} is here")
