@@ -10,6 +10,7 @@ without() {
   echo "no emulated Raspberry Pi: $1" >&2
   exit 75
 }
+[ "$(id -u)" -eq 0 ] || without "unpacking Debian's packages with their owners needs root"
 for program in qemu-aarch64-static mmdebstrap unshare; do
   command -v "$program" >/dev/null ||
     without "$program is missing; on Debian and Ubuntu: apt install qemu-user-static mmdebstrap"
