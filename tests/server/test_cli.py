@@ -103,7 +103,7 @@ def test_start_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixtu
     where = ("--state", str(tmp_path / "s"))
     code, _, err = run(capsys, "start", str(tmp_path / "model.onnx"), *where)
     assert code == 2
-    assert "--loss (one of bce_with_logits, cross_entropy, mse)" in err
+    assert "--loss (one of bce_with_logits, cox, cross_entropy, " in err
     assert "--lr" in err
     assert err.count("\n") == 1
 
