@@ -10,6 +10,8 @@ import onnx_ir as ir
 from fedge.autodiff.ops import Ops, Value, attribute, shape_of, static_dims
 from fedge.autodiff.registry import Gradients, vjp_rule
 
+_MANY_POSITIONS = 256  # from here on a product per row and channel costs less than a pass over all
+
 
 @vjp_rule("LayerNormalization")
 def layer_norm(
@@ -152,12 +154,22 @@ def _batch_norm_training(op: Ops, node: ir.Node, dy: Value) -> Gradients:
     mean, variance = _batch_statistics(op, node, rest)
     inverse = op.Reciprocal(op.Sqrt(op.Add(variance, epsilon)))
     db = op.sum(dy, rest)
-    dw = op.Mul(op.Sub(op.sum(op.Mul(dy, x), rest), op.Mul(mean, db)), inverse)
+    dw = op.Mul(op.Sub(_product_per_channel(op, dy, x), op.Mul(mean, db)), inverse)
     scale = op.Mul(w, inverse)
     per_element = op.Neg(op.Div(scale, op.Div(op.size(x), op.size(w))))
     weights = (op.Mul(per_element, dw), op.Mul(per_element, db))
     shared = op.BatchNormalization(x, *weights, mean, variance, epsilon=epsilon)
     return op.Add(op.Mul(dy, _per_channel(op, scale, rank)), shared), dw, db
+
+
+def _product_per_channel(op: Ops, a: Value, x: Value) -> Value:
+    """Σ a·x over rows and positions. Over many positions inner products do it, in one pass."""
+    shape = shape_of(x)
+    fixed = [d for d in shape[2:] if isinstance(d, int)]
+    if len(fixed) == len(shape) - 2 and math.prod(fixed) >= _MANY_POSITIONS:
+        a, x = (op.Reshape(v, op.ints([0, 0, 1, -1])) for v in (a, x))
+        return op.sum(op.MatMul(a, op.Transpose(x, perm=[0, 1, 3, 2])), [0, 2, 3])
+    return op.sum(op.Mul(a, x), [0, *range(2, len(shape))])
 
 
 def _batch_statistics(op: Ops, node: ir.Node, rest: Sequence[int]) -> tuple[Value, Value]:
