@@ -26,8 +26,9 @@ from fedge.types import Array, Examples, Params
 
 TOLERANCE = 1e-5  # relative L2 per output
 SAMPLE_ROWS = 8
+SAMPLE_SIZE = 16  # of a dimension that may vary and that only raw inputs have
 CHECK_TIMEOUT_S = 300.0
-# Loss -> operator and name of the output that a reader of the file wants beside the raw one.
+# What the output is scored as -> operator and name of the output a reader wants beside it.
 _FINISH = {
     "bce_with_logits": ("Sigmoid", "probability"),
     "cross_entropy": ("Softmax", "probabilities"),
@@ -188,17 +189,17 @@ def _constant(name: str, value: Array) -> onnx_pb2.TensorProto:
     )
 
 
-def _add_finish(graph: onnx_pb2.GraphProto, loss: str) -> None:
-    if loss not in _FINISH:
+def _add_finish(graph: onnx_pb2.GraphProto, scored_as: str) -> None:
+    if scored_as not in _FINISH:
         return
-    operator, name = _FINISH[loss]
+    operator, name = _FINISH[scored_as]
     raw = graph.output[0]
     used = {n for node in graph.node for n in (*node.input, *node.output)}
     while name in used:
         name += "_"
     node = graph.node.add(op_type=operator, input=[raw.name], output=[name], name=name)
     if operator == "Softmax":
-        node.attribute.add(name="axis", i=-1, type=onnx_pb2.AttributeProto.INT)
+        node.attribute.add(name="axis", i=1, type=onnx_pb2.AttributeProto.INT)
     graph.output.add().CopyFrom(raw)
     graph.output[-1].name = name
 
@@ -231,20 +232,24 @@ def _check(header: dict[str, Any], blobs: list[bytes]) -> Frame | None:
 
 def _sample(bundle: Bundle, site: Params) -> Examples:
     """Raw rows: the recorded step's where raw and ready rows look alike, else drawn ones."""
-    manifest = bundle.manifest
+    from fedge.engines.checks import sizes_of, without_extras
+
+    manifest, recorded = bundle.manifest, bundle.reference().examples
     if manifest.scaling != "custom":
-        inputs = bundle.reference().examples.inputs
+        inputs = without_extras(manifest, recorded.inputs)
         if site and len(inputs) == 1:
             inputs = {n: v * site["site_std"] + site["site_mean"] for n, v in inputs.items()}
     else:
-        inputs = {s.name: _drawn(s) for s in manifest.raw_inputs}
+        sizes = sizes_of(manifest, {**recorded.inputs, manifest.labels.name: recorded.labels})
+        inputs = {s.name: _drawn(s, sizes) for s in manifest.raw_inputs}
     rows = len(next(iter(inputs.values())))
     ready = {n: np.asarray(v, _dtype(manifest.raw_inputs, n)) for n, v in inputs.items()}
     return Examples(ready, np.zeros(rows))
 
 
-def _drawn(spec: TensorSpec) -> Array:
-    shape = (SAMPLE_ROWS, *(int(d) for d in spec.shape[1:]))
+def _drawn(spec: TensorSpec, sizes: Mapping[str, int]) -> Array:
+    rest = (sizes.get(d, SAMPLE_SIZE) if isinstance(d, str) else d for d in spec.shape[1:])
+    shape = (SAMPLE_ROWS, *rest)
     rng = np.random.default_rng(0)
     if spec.dtype.startswith("float"):
         return rng.normal(size=shape)

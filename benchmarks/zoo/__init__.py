@@ -126,7 +126,7 @@ SMALL: dict[str, Model] = {
     "unet-bilinear": _unet("bilinear"),
     "encoder": _series("Encoder", layers=1),
     "groupnorm": Model(("vision", "ResNet8"), _image(3, 8), {"width": 4, "kind": "group"}),
-    "instancenorm": Model(("vision", "ResNet8"), _image(3, 8), {"width": 4, "kind": "instance"}),
+    "instancenorm": Model(("vision", "ResNet8"), _image(3, 16), {"width": 4, "kind": "instance"}),
     "dropout": _mlp(12, 32, 10, dropout=0.3),
 }
 
