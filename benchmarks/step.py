@@ -6,6 +6,7 @@ does hits all alike; a slice is timed by the process's own CPU clock, and the fi
 over slices. Each step takes a fresh batch from rows that lie in memory, in shuffled order.
 
 Run: python benchmarks/step.py [--slices 15]
+     python benchmarks/step.py --zoo [--threads 2] [MODEL ...]   (see step_zoo.py)
 """
 
 from __future__ import annotations
@@ -159,11 +160,24 @@ def _start(side: str, python: Path, header: dict[str, Any]) -> Child:
     return child
 
 
+def show_zoo(models: list[str], slices: int, threads: int) -> int:
+    """The table of the zoo; with several threads only networks of convolutions by default."""
+    from step_zoo import CASES, CNNS, show
+
+    return show(models or (CASES if threads == 1 else CNNS), slices, threads)
+
+
 def main() -> int:
     """Print a table, then one JSON object per row."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--slices", type=int, default=15, help="timed turns of each side")
-    slices = parser.parse_args().slices
+    parser.add_argument("--zoo", action="store_true", help="every model of the zoo, with memory")
+    parser.add_argument("--threads", type=int, default=1, help="with --zoo: of both sides")
+    parser.add_argument("models", nargs="*", help="with --zoo: only these")
+    args = parser.parse_args()
+    if args.zoo:
+        return show_zoo(args.models, args.slices, args.threads)
+    slices = args.slices
     rows = [row for model in MODELS for row in compare(model, slices)]
     print(f"{'row':24}{'fedge µs':>10}{'torch µs':>10}{'ratio':>8}   CPU per step, one thread")
     for row in rows:
