@@ -54,7 +54,7 @@ class Windows:
     @property
     def pointwise(self) -> bool:
         """Whether every window is one element and every element has one."""
-        ones = set((*self.kernel, *self.stride)) == {1}
+        ones = {*self.kernel, *self.stride} == {1}
         return ones and not any(self.padding) and self.count == self.size
 
     @property
@@ -160,7 +160,7 @@ class Cutter:
         self._x = op.SpaceToDepth(padded, blocksize=step) if self._apart else padded
 
     def __call__(self, start: Sequence[int], lines: int) -> Value:
-        """From ``start`` on, every stride-th element: ``lines`` along the first axis, else count."""
+        """Every stride-th element from ``start`` on: ``lines`` on the first axis, else count."""
         op, stride = self._op, self._windows.stride
         count = (lines, *self._windows.count[1:])
         if self._apart:
