@@ -102,7 +102,7 @@ notebooks: $(DEV) $(TORCHED) $(TRAINING)  ## Execute every notebook in simulatio
 	  $(BIN)/jupyter-execute --inplace "$$f"; done
 
 clean:  ## Remove environments, caches and demo output
-	rm -rf $(VENV) $(TRAINING_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache fedge-demo
+	rm -rf $(VENV) $(TRAINING_VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache fedge-demo
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BASE): pyproject.toml
