@@ -85,8 +85,7 @@ def prepare(
         DataError: If the rows do not fit the bundle.
     """
     train = _named(manifest, data.train)
-    own = Examples(without_extras(manifest, train.inputs), train.labels)
-    stats = site_stats(own) if manifest.scaling == "site" else None
+    stats = site_stats(train) if manifest.scaling == "site" else None
     held_out = data.test if data.test is not None and len(data.test) else None
     return Site(
         client_id=data.client_id,

@@ -28,7 +28,8 @@ class DataConfig:
 
     Attributes:
         path: CSV (with a header line) or NPZ file; a relative path starts at the state folder.
-        label: Column (CSV) or array (NPZ) that holds the label.
+        label: Column (CSV) or array (NPZ) that holds the label; of a survival model in CSV two
+            columns, ``time,event``.
         format: One of ``FORMATS``; empty takes the file's suffix.
         columns: CSV: the model's input columns in order; empty takes every column but label and
             split. NPZ: one array per model input; empty takes the inputs' own names.

@@ -136,12 +136,21 @@ class _Table:
 
 def _read_csv(config: DataConfig, manifest: Manifest) -> tuple[Params, Array, list[str] | None]:
     table = _Table.read(config)
-    wanted = [config.label, *([config.split] if config.split else [])]
-    _require(config, "column", wanted, table.names)
+    named = _label_columns(config, manifest.labels, table)
+    _require(config, "column", [*named, *([config.split] if config.split else [])], table.names)
+    extras = ", ".join(s.name for s in manifest.extras)
+    _want(not extras, config, f"is CSV; the model also trains on {extras}: use NPZ")
     inputs = _csv_inputs(config, manifest, table)
-    values = table.numbers(config, [config.label])[:, 0]
+    values = table.numbers(config, named)
     labels = _labels(config, manifest.labels, values, table.lines)
     return inputs, labels, table.text(config.split) if config.split else None
+
+
+def _label_columns(config: DataConfig, spec: LabelSpec, table: _Table) -> list[str]:
+    """One column, or two parted by a comma where a row has two label values (time, event)."""
+    if config.label in table.names or spec.shape[1:] != (2,):
+        return [config.label]
+    return [name.strip() for name in config.label.split(",")]
 
 
 def _csv_inputs(config: DataConfig, manifest: Manifest, table: _Table) -> Params:
@@ -151,7 +160,7 @@ def _csv_inputs(config: DataConfig, manifest: Manifest, table: _Table) -> Params
         f"is CSV, which feeds one input; the model takes {len(manifest.raw_inputs)}: use NPZ",
     )
     spec = manifest.raw_inputs[0]
-    others = {config.label, config.split}
+    others = {*_label_columns(config, manifest.labels, table), config.split}
     columns = list(config.columns) or [n for n in table.names if n not in others]
     _require(config, "column", columns, table.names)
     sizes = [str(d) for d in spec.shape[1:] if not isinstance(d, int)]
@@ -173,6 +182,8 @@ def _read_npz(config: DataConfig, manifest: Manifest) -> tuple[Params, Array, li
     wanted = [config.label, *([config.split] if config.split else [])]
     _require(config, "array", wanted, list(arrays))
     inputs = _npz_inputs(config, manifest, arrays)
+    _require(config, "array", [s.name for s in manifest.extras], list(arrays))
+    inputs |= {s.name: _cast(config, s, arrays[s.name], None) for s in manifest.extras}
     labels = arrays[config.label]
     _want(labels.dtype.kind in "biuf", config, f"array {config.label!r} is {labels.dtype}")
     rows = {n: len(a) for n, a in [*inputs.items(), (config.label, np.atleast_1d(labels))]}
@@ -245,7 +256,7 @@ def _labels(config: DataConfig, spec: LabelSpec, values: Array, lines: list[int]
     if spec.low is not None or spec.high is not None:
         low = -math.inf if spec.low is None else spec.low
         high = math.inf if spec.high is None else spec.high
-        bad |= ~((flat >= low) & (flat <= high))
+        bad |= ~((flat >= low) & (flat <= high) | (flat == spec.ignore))
         wanted += f" from {low:g} to {high:g}"
     if bad.any():
         count = int(bad.any(axis=1).sum())

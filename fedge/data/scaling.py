@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fedge.errors import DataError
+from fedge.losses import TEACHER
 from fedge.types import Array, Examples, Params
 
 MIN_ROWS = 10  # the sums of fewer rows say too much about a single one
@@ -107,10 +108,11 @@ def site_stats(raw: Examples) -> Params:
 
 
 def _columns(raw: Examples) -> Array:
-    arrays = {name: a.shape for name, a in raw.inputs.items()}
-    if len(arrays) != 1 or len(next(iter(arrays.values()))) != 2:
-        raise DataError(f"inputs {arrays}; scaling wants a single one of shape [rows, columns]")
-    rows = np.asarray(next(iter(raw.inputs.values())), np.float64)
+    arrays = {name: a for name, a in raw.inputs.items() if name != TEACHER}
+    shapes = {name: a.shape for name, a in arrays.items()}
+    if len(shapes) != 1 or len(next(iter(shapes.values()))) != 2:
+        raise DataError(f"inputs {shapes}; scaling wants a single one of shape [rows, columns]")
+    rows = np.asarray(next(iter(arrays.values())), np.float64)
     bad = ~np.isfinite(rows)
     if bad.any():
         raise DataError(f"{int(bad.sum())} values are NaN or infinite; fill in or drop their rows")

@@ -134,7 +134,7 @@ def round_rows(events: Sequence[Event]) -> list[dict[str, Any]]:
                 **{n: int(sum(r.get(n, 0) for r in rows)) for n in ("bytes_up", "bytes_down")},
             }
         elif isinstance(event, rounds.RoundEvaluated):
-            out[event.round_num].update(event.metrics)
+            out[event.round_num].update({**_concordance(event.rows), **event.metrics})
     return list(out.values())
 
 
@@ -146,6 +146,14 @@ def _merge(into: Row, row: Row, scores: bool) -> None:
             into[name] = into.get(name, 0) + value
         else:
             into[name] = value
+
+
+def _concordance(rows: Sequence[Row]) -> dict[str, float]:
+    """Mean over the rows of clients that have one: some have no pair to compare."""
+    scored = [r for r in rows if "concordance" in r]
+    total = sum(r["num_examples"] for r in scored)
+    summed = sum(r["concordance"] * r["num_examples"] for r in scored)
+    return {"concordance": summed / total} if scored else {}
 
 
 def _worst(rows: Sequence[Row]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -247,3 +248,47 @@ def test_rows_to_predict_need_no_label(tmp_path: Path) -> None:
     np.testing.assert_array_equal(
         sources.load_inputs(config, manifest())["x"], [[1, 2, 3], [4, 5, 6]]
     )
+
+
+# --- Labels and inputs of other losses -----------------------------------------------------------
+
+SURVIVAL = LabelSpec("labels", "float32", ("N", 2), 0.0)
+
+
+def test_time_and_event_are_two_columns(tmp_path: Path) -> None:
+    lines = ["age,dose,rate,days,died", f"{SECRET},1,2,30,0", "50,1,2,12.5,1"]
+    path = write(tmp_path, lines).path
+    config = DataConfig(path, "days, died", test_fraction=0)
+    data = sources.load(config, manifest(labels=SURVIVAL))
+    np.testing.assert_array_equal(data.train.labels, [[30, 0], [12.5, 1]])
+    assert data.train.inputs["x"].shape == (2, 3)
+    with pytest.raises(DataError, match="lacks the column death"):
+        sources.load(DataConfig(path, "days,death"), manifest(labels=SURVIVAL))
+    with pytest.raises(DataError, match="has 2 label values for 2 rows"):
+        sources.load(
+            DataConfig(path, "died", columns=("age", "dose", "rate")), manifest(labels=SURVIVAL)
+        )
+
+
+def test_an_ignored_label_is_in_range(tmp_path: Path) -> None:
+    lines = [GOOD[0], "1,2,3,-1", "1,2,3,2"]
+    config = DataConfig(write(tmp_path, lines).path, "sick", test_fraction=0)
+    with pytest.raises(DataError, match="out of range in 1 of 2 rows"):
+        sources.load(config, manifest(labels=CLASSES))
+    data = sources.load(config, manifest(labels=replace(CLASSES, ignore=-1)))
+    np.testing.assert_array_equal(data.train.labels, [-1, 2])
+
+
+def test_a_teachers_logits_come_from_npz(tmp_path: Path) -> None:
+    extra = TensorSpec("teacher_logits", "float32", ("N", 1))
+    asked = replace(manifest(), extras=(extra,))
+    arrays = {"x": np.zeros((3, 3)), "sick": np.array([0, 1, 0])}
+    path = tmp_path / "rows.npz"
+    np.savez(path, teacher_logits=np.ones((3, 1)), **arrays)
+    data = sources.load(DataConfig(str(path), "sick", format="npz", test_fraction=0), asked)
+    assert data.train.inputs["teacher_logits"].dtype == np.float32
+    np.savez(path, **arrays)
+    with pytest.raises(DataError, match="lacks the array teacher_logits"):
+        sources.load(DataConfig(str(path), "sick", format="npz"), asked)
+    with pytest.raises(DataError, match="also trains on teacher_logits: use NPZ"):
+        sources.load(write(tmp_path, GOOD), asked)

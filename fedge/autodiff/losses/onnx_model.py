@@ -102,10 +102,10 @@ def _renamed(model: onnx.ModelProto) -> onnx.ModelProto:
     def new(name: str) -> str:
         return name and _PREFIX + (_LABELS if name == LABELS else name)
 
-    for node in graph.node:
+    for number, node in enumerate(graph.node):
         node.input[:] = [new(n) for n in node.input]
         node.output[:] = [new(n) for n in node.output]
-        node.name = new(node.name)
+        node.name = f"{_PREFIX}{number}"
     for named in (*graph.input, *graph.output, *graph.initializer):
         named.name = new(named.name)
     return copy
