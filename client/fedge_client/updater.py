@@ -14,7 +14,13 @@ from fedge.artifacts.bundle import (
     parse_signed,
     verify_files,
 )
-from fedge.artifacts.manifest import COMMON_FILES, ENGINE_FILES, MAX_MANIFEST_BYTES, Manifest
+from fedge.artifacts.manifest import (
+    COMMON_FILES,
+    ENGINE_FILES,
+    MAX_MANIFEST_BYTES,
+    RECOMPUTED,
+    Manifest,
+)
 from fedge.artifacts.signing import SIGNATURE_BYTES
 from fedge.errors import ArtifactError
 from fedge.platform import atomic_write, fsync_dir, private_dir
@@ -52,6 +58,8 @@ async def fetch_bundle(
             f"this device has {', '.join(engines)}"
         )
     wanted = [*COMMON_FILES, *(f for e in usable for f in ENGINE_FILES[e])]
+    if "ort" in usable:
+        wanted += [f for f in RECOMPUTED.values() if f in manifest.files]
     admitted = folder / ADMITTED
     missing = [n for n in wanted if not (folder / n).exists()]
     if missing:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -19,8 +19,9 @@ from fedge.artifacts import manifest as form
 from fedge.artifacts import reference
 from fedge.artifacts.admission import admit_model
 from fedge.artifacts.bundle import Bundle, Reference
-from fedge.artifacts.manifest import Manifest, Optimizer, ParamSpec
-from fedge.artifacts.model import graph_inputs, normalize, read_model
+from fedge.artifacts.costs import measure
+from fedge.artifacts.manifest import GraphCost, Manifest, Optimizer, ParamSpec
+from fedge.artifacts.model import graph_inputs, keep_output, normalize, read_model
 from fedge.artifacts.ort_build import OrtRequest, build_ort_files
 from fedge.artifacts.preprocessing import Preprocessing, build_preprocessor
 from fedge.artifacts.selection import (
@@ -54,6 +55,7 @@ def build(
     loss: LossLike | Path | bytes | onnx.ModelProto,
     optimizer: OptimizerLike = "sgd",
     sample: Any = None,  # noqa: ANN401 - arrays, tensors, or collections of them
+    output: str | None = None,
     dynamic: Mapping[str, Mapping[int, str]] | None = None,
     exporter: str = "auto",
     trainable: Patterns = None,
@@ -64,6 +66,7 @@ def build(
     out: str | Path | None = None,
     name: str | None = None,
     signing_key: Ed25519PrivateKey | None = None,
+    recompute: bool | int | str = False,
 ) -> Bundle:
     """Make a bundle: training, gradient, evaluation and inference graphs, params, manifest.
 
@@ -76,6 +79,9 @@ def build(
         optimizer: ``"sgd"``, ``"adamw"``, or one with settings, such as
             ``{"name": "sgd", "momentum": 0.9}``.
         sample: At least one row of input; needed for an nn.Module.
+        output: Of an ONNX model: the value that the loss is of and that the bundle puts out, where
+            it is not the first output (logits before a Softmax, say). What it does not need is
+            dropped.
         dynamic: Of a module: input -> axis -> name of a size that may vary from data set to data
             set, as ``{"x": {1: "T"}}``. An ONNX model says so itself.
         exporter: Of a module: ``torchscript``, ``dynamo``, or ``auto``: the second where the first
@@ -90,6 +96,10 @@ def build(
         out: Folder to make; None makes a temporary one that lives as long as the bundle object.
         name: Of the model; by default from the file or class.
         signing_key: Ed25519 key to sign with; a fresh one by default.
+        recompute: Of the ``ort`` engine: True makes activations again in the backward pass rather
+            than keep them all, which takes less memory and more time; a number says in how many
+            segments; ``"auto"`` puts both forms into the bundle, and a device that is short of
+            memory takes the second.
 
     Returns:
         The bundle, opened and verified as a device would.
@@ -98,16 +108,18 @@ def build(
         ConfigError: If an option is wrong or does not fit the model.
         ArtifactError: If the model cannot be used; UnsupportedOperatorError names the operator.
     """
-    source = _read(model, sample, ExportOptions(exporter, dynamic or {}))
+    source = _read(model, sample, output, ExportOptions(exporter, dynamic or {}))
     params = choose(source, Choice(trainable, shared, personal))
     kind = read_loss(loss)
-    graphs = _differentiate(source, params, kind, _optimizer(optimizer))
+    how = Differentiation(params, kind, _optimizer(optimizer), _recompute(recompute))
+    graphs, lean = how.graphs(source)
     pre = build_preprocessor(preprocessing, graphs.inputs)
     values = _values(source)
-    files = _graph_files(graphs, pre.model)
+    files = _graph_files({**_models(graphs, lean), form.PREPROCESS: pre.model})
     files[form.PARAMS] = tensors.dump(values, {"kind": "params"})
     recorded = _record(files[form.GRAD], graphs, source, values)
     files[form.REFERENCE] = reference.dump(recorded)
+    found = _costs(files, graphs, recorded, values)
     request = OrtRequest(source.model, kind, params, _optimizer(optimizer), source.sizes)
     ort = build_ort_files(request, graphs, recorded, values)
     manifest = Manifest(
@@ -129,6 +141,7 @@ def build(
         loss_settings=settings_of_loss(kind),
         extras=graphs.extras,
         noise=graphs.noise,
+        costs=found,
     )
     return Bundle.write(
         manifest, {**files, **ort.files}, signing_key or generate_signing_key(), out
@@ -144,7 +157,7 @@ def _record(grad: bytes, graphs: TrainingGraphs, source: Source, values: Params)
     return reference.record(grad, examples, graphs.labels.name, values)
 
 
-def _read(model: Any, sample: Any, options: ExportOptions) -> Source:  # noqa: ANN401
+def _read(model: Any, sample: Any, output: str | None, options: ExportOptions) -> Source:  # noqa: ANN401
     """An ONNX model or a module, in the builder's form."""
     if isinstance(model, (str, Path, bytes, onnx.ModelProto)):
         if options != ExportOptions():
@@ -152,6 +165,8 @@ def _read(model: Any, sample: Any, options: ExportOptions) -> Source:  # noqa: A
         read = read_model(model)
         digest = hashlib.sha256(read.SerializeToString(deterministic=True)).hexdigest()
         name = Path(model).stem if isinstance(model, (str, Path)) else read.graph.name
+        if output is not None:
+            keep_output(read, output)
         inputs = graph_inputs(read)
         rows = _sample_rows(sample, [i.name for i in inputs])
         sizes = _sizes(inputs, rows)
@@ -160,6 +175,8 @@ def _read(model: Any, sample: Any, options: ExportOptions) -> Source:  # noqa: A
         trainable = tuple(n for n in params if n not in untrained_statistics(normal))
         origin = {"model_sha256": digest, "onnx": onnx.__version__}
         return Source(normal, params, trainable, rows, name, origin, sizes)
+    if output is not None:
+        raise ConfigError("output names a value of an ONNX model; this is a module")
     exported = export_module(model, sample, options)
     sizes = _sizes(exported.model.graph.input, exported.sample)
     digest = hashlib.sha256(exported.model.SerializeToString(deterministic=True)).hexdigest()
@@ -227,39 +244,84 @@ def read_loss(given: LossLike | Path | bytes | onnx.ModelProto) -> Loss:
     return replace(found, model=onnx.load_model_from_string(data), sha256=digest)
 
 
-def _differentiate(
-    source: Source, params: tuple[ParamSpec, ...], loss: Loss, optimizer: Optimizer
-) -> TrainingGraphs:
-    trained = [p for p in params if p.trainable]
-    graphs = training_graphs(
-        source.model,
-        params=source.params,
-        trainable=[p.name for p in trained],
-        loss=loss,
-        optimizer=optimizer,
-        proximal=[p.name for p in trained if p.shared],
-        sizes=source.sizes,
-    )
-    missing = [p.name for p in trained if not _reached(graphs, p.name)]
-    if missing:
-        raise ConfigError(f"the loss does not depend on {', '.join(missing)}; do not train them")
-    return graphs
+@dataclass(frozen=True)
+class Differentiation:
+    """How a model is differentiated."""
+
+    params: tuple[ParamSpec, ...]
+    loss: Loss
+    optimizer: Optimizer
+    recompute: tuple[bool | int, ...]
+
+    def graphs(self, source: Source) -> tuple[TrainingGraphs, TrainingGraphs | None]:
+        """The graphs, and those with recomputation where the bundle carries both.
+
+        Raises:
+            ConfigError: If the loss does not depend on a param that is to be trained.
+        """
+        made = [self._once(source, r) for r in self.recompute]
+        trained = [p.name for p in self.params if p.trainable]
+        missing = [n for n in trained if not _reached(made[0], n)]
+        if missing:
+            raise ConfigError(
+                f"the loss does not depend on {', '.join(missing)}; do not train them"
+            )
+        return made[0], made[1] if len(made) > 1 else None
+
+    def _once(self, source: Source, recompute: bool | int) -> TrainingGraphs:
+        trained = [p for p in self.params if p.trainable]
+        return training_graphs(
+            source.model,
+            params=source.params,
+            trainable=[p.name for p in trained],
+            loss=self.loss,
+            optimizer=self.optimizer,
+            proximal=[p.name for p in trained if p.shared],
+            sizes=source.sizes,
+            recompute=recompute,
+        )
+
+
+def _recompute(given: bool | int | str) -> tuple[bool | int, ...]:
+    """Of each pair of training graphs, whether or in how many segments."""
+    if given == "auto":
+        return (False, True)
+    if isinstance(given, str) or int(given) < 0:
+        raise ConfigError(f"recompute is {given!r}; wanted True, False, 'auto' or segments")
+    return (given if isinstance(given, bool) else given > 1 and given,)
+
+
+def _costs(
+    files: Mapping[str, bytes], graphs: TrainingGraphs, recorded: Reference, values: Params
+) -> tuple[GraphCost, ...]:
+    """What training and evaluation take."""
+    rows = {**recorded.examples.inputs, graphs.labels.name: recorded.examples.labels}
+    state = {s.name: np.zeros([int(d) for d in s.shape], s.dtype) for s in graphs.state}
+    feeds = {**rows, **values, **state, "lr": np.zeros((), np.float32)}
+    wanted = (form.STEP, form.EVALUATE, form.RECOMPUTED[form.STEP])
+    return tuple(measure({n: files[n] for n in wanted if n in files}, feeds, list(rows)))
 
 
 def _reached(graphs: TrainingGraphs, param: str) -> bool:
     return any(o.name == f"{param}@grad" for o in graphs.grad.graph.output)
 
 
-def _graph_files(graphs: TrainingGraphs, preprocess: onnx.ModelProto) -> dict[str, bytes]:
-    """The graphs as the bytes that devices will admit."""
+def _models(graphs: TrainingGraphs, lean: TrainingGraphs | None) -> dict[str, onnx.ModelProto]:
+    """The graphs by their files' names."""
     models = {
         form.STEP: graphs.step,
         form.GRAD: graphs.grad,
         form.UPDATE: graphs.update,
         form.EVALUATE: graphs.evaluate,
         form.INFER: graphs.infer,
-        form.PREPROCESS: preprocess,
     }
+    if lean is not None:
+        models |= {form.RECOMPUTED[form.STEP]: lean.step, form.RECOMPUTED[form.GRAD]: lean.grad}
+    return models
+
+
+def _graph_files(models: Mapping[str, onnx.ModelProto]) -> dict[str, bytes]:
+    """The graphs as the bytes that devices will admit."""
     for model in models.values():
         strip(model)
     return {name: admit_model(model.SerializeToString()) for name, model in models.items()}

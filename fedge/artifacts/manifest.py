@@ -42,6 +42,8 @@ STEP, GRAD, UPDATE, EVALUATE, INFER, PREPROCESS = (
 )
 PARAMS, REFERENCE = "params.safetensors", "reference.safetensors"
 ORT_FILES = ("training_model.onnx", "eval_model.onnx", "optimizer_model.onnx", "checkpoint")
+# In a bundle that carries both, the same steps with recomputation: slower, in less memory.
+RECOMPUTED = {STEP: "step.recompute.onnx", GRAD: "grad.recompute.onnx"}
 COMMON_FILES = (EVALUATE, INFER, PREPROCESS, PARAMS, REFERENCE)
 ENGINE_FILES = {"ort": (STEP, GRAD, UPDATE), "ort-training": ORT_FILES}
 
@@ -117,6 +119,45 @@ class Optimizer:
 
 
 @dataclass(frozen=True)
+class GraphCost:
+    """What one run of a graph takes, found when the bundle was built; N is the number of rows.
+
+    Sizes that may vary beside N were the sample's.
+
+    Attributes:
+        file: Of the graph.
+        peaks: (a, b): results take max(a·N + b) bytes at the worst moment.
+        flops: (a, b): a·N + b multiplications and additions.
+        moved: (a, b): a·N + b bytes of results written.
+        nodes: Operators run.
+    """
+
+    file: str
+    peaks: tuple[tuple[int, int], ...]
+    flops: tuple[int, int]
+    moved: tuple[int, int]
+    nodes: int
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> GraphCost:
+        """The cost that was written as plain values.
+
+        Raises:
+            ArtifactError: If a number is none, or below zero.
+        """
+        peaks = tuple(_line(p) for p in row["peaks"])
+        values = {**row, "peaks": peaks, "flops": _line(row["flops"]), "moved": _line(row["moved"])}
+        made = from_mapping(cls, values, "costs")
+        _want(bool(peaks) and type(made.nodes) is int and made.nodes >= 0, "costs make no sense")
+        return made
+
+
+def _line(pair: Any) -> tuple[int, int]:  # noqa: ANN401 - JSON
+    _want(len(pair) == 2 and all(type(v) is int and v >= 0 for v in pair), f"cost {pair!r:.80}")
+    return pair[0], pair[1]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """A bundle's description.
 
@@ -141,6 +182,7 @@ class Manifest:
         extras: What training asks of rows beside inputs and labels: a teacher's logits.
         noise: What training graphs take beside rows: uniform random numbers of [0, 1), drawn by the
             engine for every step (Dropout's).
+        costs: What runs of the training and evaluation graphs take.
         schema: Of this document.
     """
 
@@ -162,6 +204,7 @@ class Manifest:
     loss_settings: dict[str, Any] = field(default_factory=dict)
     extras: tuple[TensorSpec, ...] = ()
     noise: tuple[TensorSpec, ...] = ()
+    costs: tuple[GraphCost, ...] = ()
     schema: int = SCHEMA
 
     @property
@@ -198,6 +241,10 @@ class Manifest:
     def personal(self) -> tuple[str, ...]:
         """Names that never leave the device."""
         return tuple(p.name for p in self.params if not p.shared)
+
+    def cost(self, file: str) -> GraphCost | None:
+        """What a run of one graph takes, if the bundle says."""
+        return next((c for c in self.costs if c.file == file), None)
 
     def shared_shapes(self) -> dict[str, tuple[int, ...]]:
         """What an update must hold: name -> shape."""
@@ -250,6 +297,7 @@ def _parse(raw: dict[str, Any]) -> Manifest:
     values["train"] = from_mapping(TrainConfig, raw["train"], "train")
     for key in ("raw_inputs", "inputs", "outputs", "state", "extras", "noise"):
         values[key] = specs(TensorSpec, raw[key])
+    values["costs"] = tuple(GraphCost.from_json(row) for row in raw["costs"])
     values["params"] = specs(ParamSpec, raw["params"])
     values["labels"] = _spec(LabelSpec, raw["labels"])
     values["files"] = {
@@ -292,7 +340,11 @@ def _check(m: Manifest) -> None:
 
 
 def _file_name(name: str) -> str:
-    known = {*COMMON_FILES, *(f for files in ENGINE_FILES.values() for f in files)}
+    known = {
+        *COMMON_FILES,
+        *RECOMPUTED.values(),
+        *(f for files in ENGINE_FILES.values() for f in files),
+    }
     _want(name in known, f"file {name!r} is not part of a bundle")
     return name
 

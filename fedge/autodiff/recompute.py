@@ -12,8 +12,9 @@ the data, but no optimizer can tell the copies equal, nor run them before that g
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -51,12 +52,14 @@ def segments(nodes: Segment, ends: Iterable[Value], how: Recompute) -> list[Segm
     """
     sizes = _sizes(nodes, depending(nodes, how.data) & _ancestors(nodes, ends))
     tried = [_greedy(nodes, sizes, limit) for limit in _limits(sum(sizes.values()))]
-    if how.count is None:
-        cuts = min(tried, key=lambda c: (_held(nodes, sizes, c), len(c)))
-    else:
-        cuts = min(tried, key=lambda c: (abs(len(c) + 1 - how.count), _held(nodes, sizes, c)))
+    wanted = how.count
+
+    def worth(cuts: Sequence[int]) -> tuple[float, ...]:
+        return (abs(len(cuts) + 1 - wanted) if wanted else 0, _held(nodes, sizes, cuts), len(cuts))
+
+    cuts = min(tried, key=worth)
     edges = [0, *cuts, len(nodes)]
-    return [nodes[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [nodes[a:b] for a, b in itertools.pairwise(edges)]
 
 
 def depending(nodes: Segment, sources: Iterable[Value]) -> set[Value]:
@@ -78,7 +81,7 @@ class Again:
     """
 
     op: Ops
-    moving: Set[Value]
+    moving: set[Value]
 
     def __call__(self, segment: Segment, grads: Mapping[Value, Value]) -> dict[ir.Node, ir.Node]:
         """Each node that depends on the data -> its copy, which runs when ``grads`` are known."""
@@ -140,7 +143,7 @@ def _ancestors(nodes: Segment, ends: Iterable[Value]) -> set[Value]:
     return found
 
 
-def _sizes(nodes: Segment, counted: Set[Value]) -> dict[Value, int]:
+def _sizes(nodes: Segment, counted: set[Value]) -> dict[Value, int]:
     """Elements of every value that a node makes and that counts."""
     return {v: _elements(v) for n in nodes for v in n.outputs if v in counted}
 
@@ -178,15 +181,15 @@ def _greedy(nodes: Segment, sizes: Mapping[Value, int], limit: float) -> list[in
 
 
 def _held(nodes: Segment, sizes: Mapping[Value, int], cuts: Sequence[int]) -> float:
-    """Elements alive at the worst moment: what crosses cuts, and one segment's own."""
+    """About the elements alive at worst: what crosses cuts, one segment and its gradients."""
     across = _crossing(nodes, sizes)
     kept = set().union(*(across[c] for c in cuts))
     edges = [0, *cuts, len(nodes)]
     inner = [
         sum(sizes.get(v, 0) for n in nodes[a:b] for v in n.outputs if v not in kept)
-        for a, b in zip(edges, edges[1:], strict=False)
+        for a, b in itertools.pairwise(edges)
     ]
-    return sum(sizes[v] for v in kept) + max(inner)
+    return sum(sizes[v] for v in kept) + 2 * max(inner)
 
 
 def _crossing(nodes: Segment, sizes: Mapping[Value, int]) -> list[set[Value]]:

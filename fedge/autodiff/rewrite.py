@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import onnx_ir as ir
 
-from fedge.autodiff.ops import Value, attribute
+from fedge.autodiff.ops import Value, attribute, shape_of
 from fedge.autodiff.prepare import Forward
 
 
@@ -62,7 +64,7 @@ def _keep_statistics(forward: Forward, node: ir.Node, after: dict[str, Value]) -
     forward.graph.remove(new)
     forward.graph.insert_after(node, new)
     outputs[0].shape, outputs[0].dtype = node.outputs[0].shape, x.dtype
-    count = op.Div(op.size(x), op.size(node.inputs[1]))  # elements per channel
+    count = _per_channel(forward, x)
     unbiased = op.Mul(outputs[2], op.Div(count, op.Max(op.Sub(count, 1.0), 1.0)))
     replaced = [outputs[0]]
     for old, before, batch in zip(node.inputs[3:5], running, (outputs[1], unbiased), strict=True):
@@ -74,6 +76,16 @@ def _keep_statistics(forward: Forward, node: ir.Node, after: dict[str, Value]) -
         node.outputs, replaced[: len(node.outputs)], replace_graph_outputs=True
     )
     forward.graph.remove(node)
+
+
+def _per_channel(forward: Forward, x: Value) -> Value:
+    """Elements of each channel (axis 1), from the batch's size: asking x would keep it alive."""
+    op, (rows, channels, *rest) = forward.op, shape_of(x)
+    given = next((v for v in forward.inputs if shape_of(v)[0] == rows), None)
+    if given is None or not all(isinstance(d, int) for d in rest):
+        return op.Div(op.size(x), float(channels))
+    batch = op.Cast(op.Gather(op.Shape(given), op.scalar(0)), to=int(ir.DataType.FLOAT))
+    return op.Mul(batch, float(math.prod(int(d) for d in rest)))
 
 
 def _only_use(value: Value) -> bool:
