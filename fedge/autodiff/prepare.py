@@ -179,7 +179,9 @@ def finish(forward: Forward, inputs: Sequence[Value], outputs: dict[str, Value])
     proto.producer_name = "fedge"
     for field in ("producer_version", "domain", "model_version", "doc_string", "metadata_props"):
         proto.ClearField(field)
-    proto.graph.ClearField("value_info")
+    sizes = [v for v in proto.graph.value_info if "@" in v.name]  # see Ops.pieces
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(sizes)
     return proto
 
 

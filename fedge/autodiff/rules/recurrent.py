@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from fedge.autodiff.ops import Ops, Value, attribute, shape_of
+from fedge.autodiff.ops import Dim, Ops, Value, attribute, shape_of
 from fedge.autodiff.registry import Gradients, vjp_rule
 from fedge.errors import UnsupportedOperatorError
 
@@ -35,6 +35,7 @@ class _Direction:
     Attributes:
         node: The operator.
         steps: T.
+        rows: N.
         units: H.
         x: [TN, features].
         w: [GH, features].
@@ -47,6 +48,7 @@ class _Direction:
 
     node: ir.Node
     steps: int
+    rows: Dim
     units: int
     x: Value
     w: Value
@@ -155,6 +157,7 @@ def _direction(op: Ops, node: ir.Node, steps: int, which: tuple[int, bool]) -> _
     return _Direction(
         node=node,
         steps=steps,
+        rows=shape_of(node.inputs[0])[1],
         units=units,
         x=op.reshape(x, (-1, features)),
         w=_pick(op, w, index),
@@ -173,7 +176,7 @@ def _cotangents(
     dy, dh, dc = (_pick(op, v, index, axis) for v, axis in zip(dys, (1, 0, 0), strict=True))
     if dy is not None:
         rows = op.reshape(_flip(op, dy) if backwards else dy, (-1, d.units))
-        return _Cotangents(op.pieces(rows, d.steps), dh, dc)
+        return _Cotangents(_steps(op, d, rows), dh, dc)
     return _Cotangents([None] * d.steps, op.Mul(dc, 0.0) if dh is None else dh, dc)
 
 
@@ -213,7 +216,9 @@ def _lstm(op: Ops, d: _Direction, dy: _Cotangents) -> _Found:
     )
     from_h = op.Sub(o, op.Mul(d.y, tanh_c))
     factors = (op.Concat(*slopes, axis=1), from_h, f)
-    return _lstm_steps(op, d, dy, [op.pieces(v, d.steps) for v in factors])
+    return _lstm_steps(
+        op, d, dy, [_steps(op, d, v, width) for v, width in zip(factors, (4, 1, 1), strict=True)]
+    )
 
 
 def _lstm_steps(
@@ -238,7 +243,7 @@ def _cells(op: Ops, d: _Direction, f: Value, new: Value) -> Value:
     """All cells, c = f c₋ + new."""
     cells: list[Value] = []
     c = d.c0
-    for keep, add in zip(op.pieces(f, d.steps), op.pieces(new, d.steps), strict=True):
+    for keep, add in zip(_steps(op, d, f), _steps(op, d, new), strict=True):
         c = add if c is None else op.Add(op.Mul(keep, c), add)
         cells.append(c)
     return op.Concat(*cells, axis=0)
@@ -250,7 +255,7 @@ def _rnn(op: Ops, d: _Direction, dy: _Cotangents) -> _Found:
         slope = op.Sign(d.y)
     else:
         slope = op.Sub(1.0, op.Mul(d.y, d.y))
-    slopes = op.pieces(slope, d.steps)
+    slopes = _steps(op, d, slope)
     by_gates: list[Value] = []
     for t in reversed(range(d.steps)):
         last = not by_gates
@@ -281,11 +286,11 @@ def _gru(op: Ops, d: _Direction, dy: _Cotangents) -> _Found:
     by_n = op.Mul(rest, op.Sub(1.0, op.Mul(n, n)))
     by_z = op.Mul(op.Sub(d.before, n), op.Mul(z, rest))
     by_r = op.Mul(op.Mul(by_n, h_n), op.Sub(r, op.Mul(r, r)))
-    slopes = op.pieces(op.Concat(by_z, by_r, op.Mul(by_n, r), axis=1), d.steps)
+    slopes = _steps(op, d, op.Concat(by_z, by_r, op.Mul(by_n, r), axis=1), 3)
     grads: list[Value] = []
     by_gates: list[Value] = []
     dh = dy.h
-    keep = op.pieces(z, d.steps)
+    keep = _steps(op, d, z)
     for t in reversed(range(d.steps)):
         dh = _plus(op, dh, dy.steps[t])
         grads.insert(0, dh)
@@ -312,6 +317,11 @@ def _preactivation(op: Ops, d: _Direction) -> Value:
 def _back(op: Ops, by_gates: Value, r: Value, dy: Value | None = None) -> Value:
     """The gradient by the state before a step, plus that step's own cotangent."""
     return op.Gemm(by_gates, r) if dy is None else op.Gemm(by_gates, r, dy)
+
+
+def _steps(op: Ops, d: _Direction, v: Value, blocks: int = 1) -> tuple[Value, ...]:
+    """[TN, blocks · H] -> T times [N, blocks · H]."""
+    return op.pieces(v, d.steps, shape=(d.rows, blocks * d.units))
 
 
 def _plus(op: Ops, a: Value | None, b: Value | None) -> Value:
