@@ -6,8 +6,6 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
 from fedge.artifacts.ort_import import prepare_onnxruntime
 from fedge.engines.providers import CPU, KNOWN, Provider
 from fedge.errors import EngineError, EngineUnavailableError, FedgeError
