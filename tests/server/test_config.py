@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fedge.config import RunConfig
+from fedge.config import RunConfig, Schedule
 from fedge.errors import ConfigError
 from fedge_server.config import StrategyConfig, load
 from fedge_server.training import make_strategy
@@ -106,3 +106,20 @@ def test_every_strategy_can_be_made(name: str) -> None:
 def test_a_setting_the_strategy_does_not_have_is_named() -> None:
     with pytest.raises(ConfigError, match="beta_9"):
         make_strategy(StrategyConfig("fedadam", {"beta_9": 0.1}), RunConfig())
+
+
+def test_losses_and_schedules_from_file_and_environment(tmp_path: Path) -> None:
+    file = tmp_path / "federation.toml"
+    file.write_text(
+        '[model]\nloss = "cross_entropy"\nloss_settings = { label_smoothing = 0.1 }\n'
+        "[train]\nclip_norm = 1.0\nround_schedule = { name = 'cosine', length = 9 }\n"
+    )
+    settings = load(file, {}, {"FEDGE_SCHEDULE": "linear", "FEDGE_PROXIMAL_MU": "0.5"})
+    assert settings.model.loss_settings == {"label_smoothing": 0.1}
+    assert settings.train.schedule == Schedule("linear")
+    assert settings.train.round_schedule == Schedule("cosine", length=9)
+    assert (settings.train.clip_norm, settings.train.proximal_mu) == (1.0, 0.5)
+    for wrong in ('loss = "huber"\nloss_settings = { beta = 1 }', "loss_settings = { delta = 1 }"):
+        file.write_text(f"[model]\n{wrong}\n")
+        with pytest.raises(ConfigError, match=r"has no setting beta|without a loss"):
+            load(file, {}, {})
