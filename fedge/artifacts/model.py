@@ -82,6 +82,30 @@ def normalize(model: onnx.ModelProto, sizes: Sizes | None = None) -> onnx.ModelP
     return _infer_shapes(simplify(model, sizes), sizes)
 
 
+def keep_output(model: onnx.ModelProto, name: str) -> None:
+    """Make one value the model's only output, in place, and drop what it does not need.
+
+    Raises:
+        ArtifactError: If no node computes it.
+    """
+    graph = model.graph
+    if not any(name in n.output for n in graph.node):
+        last = [o for n in graph.node for o in n.output][-8:]
+        raise ArtifactError(f"no node of the model gives {name!r}; the last give {', '.join(last)}")
+    needed, nodes = {name}, []
+    for node in reversed(graph.node):
+        if needed.intersection(node.output):
+            needed.update(node.input)
+            nodes.append(node)
+    tensors = [t for t in graph.initializer if t.name in needed]
+    inputs = [i for i in graph.input if i.name in needed]
+    del graph.node[:], graph.initializer[:], graph.input[:], graph.output[:]
+    graph.node.extend(reversed(nodes))
+    graph.initializer.extend(tensors)
+    graph.input.extend(inputs)
+    graph.output.add(name=name)
+
+
 def graph_inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
     """The inputs that are no initializers."""
     constants = {i.name for i in model.graph.initializer}
