@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -67,10 +68,14 @@ def _weight(op: Ops, operands: tuple[Value, Value, Value], windows: Windows, gro
 
     ``operands`` are large (what windows slide over), small (one position per window) and W.
     """
-    w = operands[2]
+    large, small, w = operands
     out, per_group = static_shape(w)[0] // group, static_shape(w)[1]
-    products, order = _products(op, operands, windows, group)
-    sums = [op.reshape(op.sum(p, [0]), (group, per_group, -1, out)) for p in products]
+    if group > 1 and out == per_group == 1:
+        sums, order = _depthwise_products(op, (large, small), windows, group)
+    else:
+        products, order = _products(op, operands, windows, group)
+        sums = [op.sum(p, [0]) for p in products]
+    sums = [op.reshape(s, (group, per_group, -1, out)) for s in sums]
     total = sums[0] if len(sums) == 1 else op.Concat(*sums, axis=2)  # [G, I, T, O]
     if order != sorted(order):
         total = op.Gather(total, op.ints(np.argsort(order).tolist()), axis=2)
@@ -107,8 +112,7 @@ def _products(
     columns = windows.starts(1)
     for first, moves in windows.first_axis_moves().items():
         last = max(moves.values())
-        moved = [_between_zeros(op, small, m * line, (last - m) * line) for m in moves.values()]
-        y = moved[0] if len(moved) == 1 else op.Concat(*moved, axis=2)
+        y = _side_by_side(op, _moved(op, small, moves, line), 2)
         y = op.Transpose(y, perm=[0, 1, 3, 2])
         for number, column in enumerate(columns):
             x = cut((first, *column), lines + last)
@@ -118,6 +122,39 @@ def _products(
     return products, order
 
 
-def _between_zeros(op: Ops, x: Value, before: int, after: int) -> Value:
-    """``x`` with zeros on both sides of its last axis, the fourth."""
-    return op.Pad(x, op.ints([0, 0, 0, before, 0, 0, 0, after])) if before or after else x
+def _depthwise_products(
+    op: Ops, operands: tuple[Value, Value], windows: Windows, channels: int
+) -> tuple[list[Value], list[int]]:
+    """:func:`_products` summed over the rows, where each channel is a group: [C, 1, some taps].
+
+    Rows go behind the channels first: one product per channel instead of one per channel and row.
+    """
+    large, small = operands
+    line = math.prod(windows.count[1:])
+    small = op.Reshape(small, op.ints([0, channels, windows.count[0] * line]))
+    small = op.Unsqueeze(op.Transpose(small, perm=[1, 0, 2]), op.ints([1]))
+    cut = Cutter(op, large, windows, rows_behind=True)
+    flat = op.ints([channels, 1, -1])
+    products: list[Value] = []
+    order: list[int] = []
+    columns = windows.starts(1)
+    for first, moves in windows.first_axis_moves().items():
+        last = max(moves.values())
+        moved = [op.Reshape(v, flat) for v in _moved(op, small, moves, line)]
+        y = op.Transpose(_side_by_side(op, moved, 1), perm=[0, 2, 1])
+        for number, column in enumerate(columns):
+            x = cut((first, *column), windows.count[0] + last)
+            products.append(op.MatMul(op.Reshape(x, flat), y))
+            order += [tap * len(columns) + number for tap in moves]
+    return products, order
+
+
+def _moved(op: Ops, x: Value, moves: Mapping[int, int], line: int) -> list[Value]:
+    """``x`` moved by each number of lines along its last axis, the fourth, with zeros around."""
+    last = max(moves.values())
+    pads = [[0, 0, 0, m * line, 0, 0, 0, (last - m) * line] for m in moves.values()]
+    return [op.Pad(x, op.ints(p)) if any(p) else x for p in pads]
+
+
+def _side_by_side(op: Ops, values: Sequence[Value], axis: int) -> Value:
+    return values[0] if len(values) == 1 else op.Concat(*values, axis=axis)

@@ -145,9 +145,15 @@ class Cutter:
 
     Slicing with steps is slow in ONNX Runtime. Where 2-D windows step alike on both axes,
     SpaceToDepth puts the elements one step apart side by side, once for all taps.
+
+    Args:
+        op: Where to write.
+        x: What the windows slide over, [N, C, ...].
+        windows: Their geometry.
+        rows_behind: Cut [C, N, ...] from it.
     """
 
-    def __init__(self, op: Ops, x: Value, windows: Windows) -> None:
+    def __init__(self, op: Ops, x: Value, windows: Windows, *, rows_behind: bool = False) -> None:
         step = windows.stride[0]
         self._op, self._windows = op, windows
         self._apart = windows.stride == (step, step) and step > 1 and max(windows.kernel) > 1
@@ -158,6 +164,9 @@ class Cutter:
         more = [n - m for n, m in zip(self._size, windows.padded, strict=True)]
         padded = pad(op, x, windows, 2, more)
         self._x = op.SpaceToDepth(padded, blocksize=step) if self._apart else padded
+        if rows_behind:
+            self._x = op.Transpose(self._x, perm=[1, 0, *range(2, 2 + len(self._size))])
+        self._channel_axis = 0 if rows_behind else 1
 
     def __call__(self, start: Sequence[int], lines: int) -> Value:
         """Every stride-th element from ``start`` on: ``lines`` on the first axis, else count."""
@@ -178,4 +187,5 @@ class Cutter:
         first = (plane_row * step + plane_column) * channels
         begin = [first, row, column]
         end = [first + channels, row + count[0], column + count[1]]
-        return op.Slice(self._x, op.ints(begin), op.ints(end), op.ints([1, 2, 3]))
+        axes = op.ints([self._channel_axis, 2, 3])
+        return op.Slice(self._x, op.ints(begin), op.ints(end), axes)
