@@ -163,13 +163,39 @@ def test_recurrent(
         assert np.linalg.norm(value - wanted[name]) <= 1e-4 * norm, name
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("states", [True, False])
+def test_gru_that_resets_before_it_multiplies(run_model: Run, bias: bool, states: bool) -> None:
+    """ONNX's default, which torch does not have."""
+    model = operator("GRU", 4, "forward", states, bias)
+    weights = {i.name: numpy_helper.to_array(i) for i in model.graph.initializer}
+    feeds = {"x": normal(7, 3, 4, FEATURES)}
+    feeds |= {"h0": normal(8, 3, 1, UNITS)} if states else {}
+    tensors = {n: torch.tensor(a).double().requires_grad_() for n, a in (feeds | weights).items()}
+    h = tensors["h0"][:, 0] if states else torch.zeros(3, UNITS).double()
+    w, r = (tensors[n][0].chunk(3) for n in "wr")
+    b = tensors["b"][0].chunk(6) if bias else [torch.zeros(UNITS).double()] * 6
+    outputs = []
+    for x in tensors["x"].unbind(1):
+        z, reset = (torch.sigmoid(x @ w[i].T + b[i] + h @ r[i].T + b[i + 3]) for i in (0, 1))
+        new = torch.tanh(x @ w[2].T + b[2] + (reset * h) @ r[2].T + b[5])
+        h = (1 - z) * new + z * h
+        outputs.append(h)
+    wanted = torch.stack(outputs)[:, None]
+    c = normal(20, *wanted.shape)
+    wanted.backward(torch.tensor(c).double())
+    found = run_model(vjp(model, outputs=["y"], wrt=list(tensors)), feeds | {"y@cotangent": c})
+    for name, tensor in tensors.items():
+        assert tensor.grad is not None
+        np.testing.assert_allclose(found[f"{name}@grad"], tensor.grad.numpy(), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("kind", "attributes", "reason"),
     [
         ("LSTM", {"clip": 3.0}, "LSTM 'the node': it has clip"),
         ("LSTM", {"input_forget": 1}, "input_forget"),
         ("LSTM", {"activations": ["Sigmoid", "Relu", "Tanh"]}, "other activations"),
-        ("GRU", {"linear_before_reset": 0}, "linear_before_reset = 0"),
         ("RNN", {"activations": ["Affine"]}, "other activations"),
     ],
 )
