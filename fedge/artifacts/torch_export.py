@@ -133,6 +133,7 @@ def _export(
     with _quiet(), _export_errors(kind):
         model = _EXPORTERS[kind](torch, replace(call, module=copy.deepcopy(call.module)))
     _initializers_once(call.module, model.graph)
+    _drop_in_attention(model.graph)
     params, trainable = _check_params(call.module, model)
     _reset(call.module, model)
     return model, params, trainable
@@ -278,6 +279,19 @@ def _initializers_once(module: Any, graph: onnx.GraphProto) -> None:  # noqa: AN
         if new not in {t.name for t in graph.initializer}:
             stored[old].name = new
             graph.initializer.append(stored[old])
+
+
+def _drop_in_attention(graph: onnx.GraphProto) -> None:
+    """Both exporters write the dropout inside scaled_dot_product_attention as if it were off."""
+    silent = [n for n in graph.node if n.op_type == "Dropout" and not n.domain]
+    silent = [n for n in silent if len(n.input) == 2]
+    if not silent:
+        return
+    on = onnx.numpy_helper.from_array(np.array(True))
+    name = "training_mode/on"
+    graph.node.insert(0, onnx.helper.make_node("Constant", [], [name], name=name, value=on))
+    for node in silent:
+        node.input.append(name)
 
 
 def _check_params(module: Any, model: onnx.ModelProto) -> tuple[tuple[str, ...], tuple[str, ...]]:  # noqa: ANN401
