@@ -105,6 +105,11 @@ class StateError(FedgeError):
     exit_code = 10
 
 
+OUT_OF_MEMORY = (
+    "this process may use no more; lower batch_size, or give it more with memory_mb in client.toml "
+    "[engine]"
+)
+
 BY_NAME: dict[str, type[FedgeError]] = {
     cls.__name__: cls
     for cls in (

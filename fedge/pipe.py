@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from fedge import errors
-from fedge.errors import FedgeError, WorkerDiedError
+from fedge.errors import OUT_OF_MEMORY, FedgeError, WorkerDiedError
 from fedge.platform import die_first, limit_process, silence_telemetry
 
 MAX_FRAME_BYTES = 4 << 30
@@ -74,11 +74,12 @@ def serve(handlers: Mapping[str, Handler], argv: Sequence[str] | None = None) ->
 
     Standard output is turned to standard error, so that a chatty library cannot disturb anybody.
     A crash leaves no memory dump: it would hold the site's rows. Of all processes a worker is the
-    one that may be lost when memory runs out.
+    one that may be lost when memory runs out. ``--memory-bytes`` limits its address space.
     """
-    limit_process()
-    die_first()
     args = list(sys.argv[1:] if argv is None else argv)
+    limited = "--memory-bytes" in args
+    limit_process(memory_bytes=int(args[args.index("--memory-bytes") + 1]) if limited else None)
+    die_first()
     sock = socket.socket(fileno=int(args[args.index("--pipe-fd") + 1]))
     os.dup2(2, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
@@ -92,6 +93,8 @@ def serve(handlers: Mapping[str, Handler], argv: Sequence[str] | None = None) ->
             answer = handlers[header.pop("call")](header, blobs) or ({}, [])
         except FedgeError as exc:
             answer = ({"error": type(exc).__name__, "message": str(exc)}, [])
+        except MemoryError:
+            answer = ({"error": "EngineError", "message": f"out of memory: {OUT_OF_MEMORY}"}, [])
         except Exception as exc:  # noqa: BLE001 - every failure must reach the parent as an answer
             answer = ({"error": "EngineError", "message": f"{type(exc).__name__}: {exc}"}, [])
         try:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from fedge.errors import StateError
 
+_CGROUP_2 = ("memory.max", "memory.current")  # "max" is no number: no limit
+
 # Microsoft's and Flower's telemetry is decided by these before their packages are imported.
 _QUIET = {
     "ORT_DISABLE_TELEMETRY": "1",
@@ -52,6 +54,42 @@ def limit_process(
         if most is not None:
             with contextlib.suppress(ValueError, OSError):  # a stricter one is in force
                 resource.setrlimit(what, (most, most))
+
+
+def available_memory() -> int | None:
+    """Bytes this process may still take: what the system has free, or its cgroup leaves.
+
+    None where the system does not say (it is no Linux).
+    """
+    found = [_meminfo("MemAvailable"), *_cgroup_free()]
+    return min((f for f in found if f is not None), default=None)
+
+
+def _meminfo(name: str) -> int | None:
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def _cgroup_free() -> Iterator[int]:
+    """What each memory limit above this process leaves, of cgroup version 2 and 1."""
+    lines: list[str] = []
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    for line in lines:
+        _, kinds, path = line.split(":", 2)
+        if kinds not in ("", "memory"):
+            continue
+        root = Path("/sys/fs/cgroup", kinds)
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if kinds else _CGROUP_2
+        folder = root / path.lstrip("/")
+        while folder.is_relative_to(root):
+            with contextlib.suppress(OSError, ValueError):
+                limit, usage = (int((folder / n).read_text()) for n in names)
+                yield max(limit - usage, 0)
+            folder = folder.parent
 
 
 def die_first() -> None:

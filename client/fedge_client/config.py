@@ -82,6 +82,7 @@ class EngineConfig:
             that are found, where they are faster. ``["cpu"]``: none.
         threads: Threads inside one operator; 1 keeps runs bit-equal and the machine usable.
         training_python: Interpreter that holds onnxruntime-training; empty searches for it.
+        memory_mb: Memory the worker may take, in MB; 0: what the system has free.
         worker_idle_s: Seconds without work after which the worker process is closed.
     """
 
@@ -89,6 +90,7 @@ class EngineConfig:
     providers: tuple[str, ...] = ()
     threads: int = 1
     training_python: str = ""
+    memory_mb: int = 0
     worker_idle_s: float = 10.0
 
     def __post_init__(self) -> None:
@@ -99,6 +101,8 @@ class EngineConfig:
             raise ConfigError("engine ort-training has no execution providers; use ort or auto")
         if not 1 <= self.threads <= 1024:
             raise ConfigError(f"threads is {self.threads}; wanted 1 to 1024")
+        if not 0 <= self.memory_mb < 1 << 30:
+            raise ConfigError(f"memory_mb is {self.memory_mb}; wanted megabytes, or 0")
         if self.worker_idle_s < 0:
             raise ConfigError(f"worker_idle_s is {self.worker_idle_s}; it must be at least 0")
 

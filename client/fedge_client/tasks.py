@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedge.artifacts.bundle import Bundle, read_manifest
+from fedge.artifacts.estimate import Frugal
 from fedge.artifacts.manifest import Manifest
 from fedge.engines.interpreters import stock_versions
 from fedge.engines.probe import probe_engines
@@ -23,6 +25,7 @@ from fedge.wire.v1 import link_pb2 as pb
 from fedge_client import config as settings
 from fedge_client import enroll, updater
 from fedge_client.config import ClientConfig
+from fedge_client.memory import Budget
 from fedge_client.outbox import PERSONAL, Entry, Outbox
 from fedge_client.state import Identity, State
 from fedge_client.updater import Fetch
@@ -73,6 +76,7 @@ class Desk:
     ) -> None:
         self._state, self._identity, self._config = state, identity, config
         self._workers = Workers(config.engine)
+        self._budget = Budget(config.engine)
         self.outbox = outbox
         self.ready: Readiness | None = None
         self.fetch: Fetch = _offline
@@ -194,8 +198,15 @@ class Desk:
         """
         manifest = read_manifest(self._state.bundle(digest), self._identity.signer)
         engine, _ = await self.choose_engine(manifest)
-        job = {**self._job(digest, engine), **job}
+        frugal = self._frugal(manifest, name, job.get("config", {}))
+        job = {**self._job(digest, engine), **job, "frugal": dataclasses.asdict(frugal)}
         return engine, *await self._workers.call(name, job, engine)
+
+    def _frugal(self, manifest: Manifest, name: str, overrides: dict[str, Any]) -> Frugal:
+        size = manifest.train.override(overrides).batch_size
+        rows = 0 if self.ready is None else self.ready.train_rows + self.ready.test_rows
+        wanted = self._budget.plan if name in ("train", "personalize") else self._budget.scoring
+        return wanted(manifest, size, rows)
 
     async def _train(self, task: pb.Task, outbox: Outbox) -> str:
         if outbox.delivered(task.task_id):

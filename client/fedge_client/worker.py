@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from fedge.artifacts.bundle import Bundle
+from fedge.artifacts.estimate import Frugal
+from fedge.config import from_mapping
 from fedge.engines import open_in_process
 from fedge.engines.base import TrainingEngine
 from fedge.engines.files import reopen_bundle
@@ -33,7 +35,7 @@ from fedge_client.sources import SiteData
 class _Cache:
     """The engine and the rows of the last job; jobs of one run share them."""
 
-    engine_key: tuple[str, str, int] | None = None
+    engine_key: tuple[str, str, int, Frugal] | None = None
     engine: TrainingEngine | None = None
     data_key: tuple[Any, ...] | None = None
     context: Context | None = field(default=None)
@@ -92,10 +94,12 @@ class Worker:
 
     def _context(self, job: dict[str, Any]) -> Context:
         cache = self._cache
-        key = (job["digest"], job["engine"], int(job["threads"]))
+        frugal = from_mapping(Frugal, job.get("frugal", {}), "frugal")
+        key = (job["digest"], job["engine"], int(job["threads"]), frugal)
         bundle = reopen_bundle(Path(job["bundle"]), job["digest"])
         if cache.engine is None or cache.engine_key != key:
-            cache.engine = open_in_process(bundle, job["engine"], threads=key[2])
+            cache.engine = None  # the old one's memory is free before the new one takes some
+            cache.engine = open_in_process(bundle, job["engine"], int(job["threads"]), frugal)
             cache.engine_key, cache.data_key = key, None
         data = settings.from_json(job["data"]) if job["data"] else None
         data_key = (key, job["client_id"], data, None if data is None else _stamp(data.path))

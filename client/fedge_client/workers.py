@@ -12,7 +12,9 @@ from typing import Any
 from fedge.engines.interpreters import find_training_python, interpreter_for
 from fedge.errors import WorkerDiedError
 from fedge.pipe import Child
+from fedge_client import memory
 from fedge_client.config import EngineConfig
+from fedge_client.memory import address_limit
 
 MODULE = "fedge_client.worker"
 _MAX_ANSWER_BYTES = 4 << 20  # numbers and small tensors; everything large goes through files
@@ -41,7 +43,7 @@ class Workers:
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        self._config = config
+        self._config, self._limit_bytes = config, address_limit(config)
         self._child: Child | None = None
         self._python: Path | None = None
         self._lock = asyncio.Lock()
@@ -65,7 +67,10 @@ class Workers:
             child = self._start(interpreter_for(engine, self._config.training_python or None))
             try:
                 return await asyncio.to_thread(child.call, name, header)
-            except (WorkerDiedError, asyncio.CancelledError):
+            except WorkerDiedError as exc:
+                self._drop()
+                raise WorkerDiedError(f"{exc}{self._suspicion(str(exc))}") from exc
+            except asyncio.CancelledError:
                 self._drop()
                 raise
             finally:
@@ -90,10 +95,20 @@ class Workers:
             self._drop()
         if self._child is None:
             self._child = Child(
-                MODULE, python, environ=_ENVIRON, max_answer_bytes=_MAX_ANSWER_BYTES
+                *(MODULE, python, self._limits()),
+                environ=_ENVIRON,
+                max_answer_bytes=_MAX_ANSWER_BYTES,
             )
             self._python = python
         return self._child
+
+    def _limits(self) -> tuple[str, ...]:
+        return ("--memory-bytes", str(self._limit_bytes)) if self._limit_bytes else ()
+
+    def _suspicion(self, epitaph: str) -> str:
+        if not any(sign in epitaph for sign in ("SIGABRT", "SIGKILL", "SIGSEGV")):
+            return ""
+        return f"; out of memory? {memory.describe(self._config)}"
 
     def _arm(self) -> None:
         loop = asyncio.get_running_loop()

@@ -24,7 +24,11 @@ from fedge.losses import Loss, find_loss
 SCHEMA = 1
 MAX_MANIFEST_BYTES = 4 << 20
 BATCH = "N"  # the symbolic first dimension of every input and output
-DTYPES = ("float32", "float64", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")
+DTYPE_BYTES = {
+    **{"float32": 4, "float64": 8, "float16": 2, "int64": 8, "int32": 4},
+    **{"int16": 2, "int8": 1, "uint8": 1, "bool": 1},
+}
+DTYPES = tuple(DTYPE_BYTES)
 
 SYMBOL = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,31}")  # name of a size that may vary
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from fedge.artifacts.bundle import Bundle
+from fedge.artifacts.estimate import AS_USUAL, Frugal
 from fedge.engines.base import TrainingEngine
 from fedge.engines.interpreters import installed_engine
 from fedge.engines.providers import split
 from fedge.errors import EngineUnavailableError
 
 
-def open_in_process(bundle: Bundle, name: str = "auto", threads: int = 1) -> TrainingEngine:
+def open_in_process(
+    bundle: Bundle, name: str = "auto", threads: int = 1, frugal: Frugal = AS_USUAL
+) -> TrainingEngine:
     """The engine of this interpreter's ONNX Runtime, without a worker process around it.
 
     Args:
@@ -17,6 +20,7 @@ def open_in_process(bundle: Bundle, name: str = "auto", threads: int = 1) -> Tra
         name: ``ort``, ``ort-training``, ``ort:cuda`` for a provider (which nobody has probed
             here), or ``auto`` for whichever is installed here.
         threads: Of one operator.
+        frugal: How memory is saved.
 
     Raises:
         EngineUnavailableError: If this interpreter holds the other engine, or both, or none.
@@ -31,7 +35,7 @@ def open_in_process(bundle: Bundle, name: str = "auto", threads: int = 1) -> Tra
     if here == "ort":
         from fedge.engines.ort import OrtEngine
 
-        return OrtEngine(bundle, threads, provider)
+        return OrtEngine(bundle, threads, provider, frugal)
     from fedge.engines.ort_training import OrtTrainingEngine
 
-    return OrtTrainingEngine(bundle, threads)
+    return OrtTrainingEngine(bundle, threads, frugal)

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from fedge.artifacts.bundle import Bundle
-from fedge.artifacts.manifest import GRAD, STEP, UPDATE
+from fedge.artifacts.estimate import AS_USUAL, Frugal
+from fedge.artifacts.manifest import GRAD, RECOMPUTED, STEP, UPDATE
 from fedge.config import TrainConfig
 from fedge.engines.base import EvalResult, TrainResult
 from fedge.engines.batches import batch_indices, learning_rates
@@ -27,7 +28,7 @@ from fedge.engines.providers import CPU
 from fedge.engines.runtime import Session, engine_errors
 from fedge.engines.scoring import Scorer
 from fedge.engines.shaped import ShapedSteps
-from fedge.engines.stepping import finite_loss, run_steps
+from fedge.engines.stepping import finite_loss, in_pieces, run_steps
 from fedge.types import Examples, Indices, Params
 
 KEPT_SIZES = 4  # batch sizes whose buffers are kept
@@ -48,13 +49,17 @@ class OrtEngine:
         bundle: A verified bundle.
         threads: Of one operator. Results are bitwise repeatable for a given number.
         provider: What computes the steps; the rest is done on the CPU.
+        frugal: How memory is saved.
     """
 
-    def __init__(self, bundle: Bundle, threads: int = 1, provider: str = CPU) -> None:
+    def __init__(
+        self, bundle: Bundle, threads: int = 1, provider: str = CPU, frugal: Frugal = AS_USUAL
+    ) -> None:
         self.name = "ort" if provider == CPU else f"ort:{provider}"
         self._provider = provider
         self._bundle, self._manifest, self._threads = bundle, bundle.manifest, threads
-        self._scorer = Scorer(bundle, threads)
+        self._frugal = frugal
+        self._scorer = Scorer(bundle, threads, frugal.score_rows)
         self._memory = Memory(bundle)
         self._lr, self._loss = np.zeros((), np.float32), np.zeros((), np.float32)
         self._bound: dict[Hashable, _Bound] = {}
@@ -92,6 +97,7 @@ class OrtEngine:
 
     def train(self, data: Examples, config: TrainConfig, seed: int) -> TrainResult:
         """See :meth:`TrainingEngine.train`."""
+        config = in_pieces(config, self._frugal)
         feed = Feed(self._manifest, data, seed)
         rates = learning_rates(len(data), config)
         batches = batch_indices(len(data), config, seed)
@@ -168,4 +174,6 @@ class OrtEngine:
         return self._open(UPDATE)
 
     def _open(self, name: str) -> Session:
+        if self._frugal.recompute:
+            name = RECOMPUTED.get(name, name)
         return Session(read_model(self._bundle, name), self._threads, self._provider)

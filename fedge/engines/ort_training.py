@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from fedge.artifacts.bundle import Bundle
+from fedge.artifacts.estimate import AS_USUAL, Frugal
 from fedge.artifacts.ort_import import import_training
 from fedge.config import TrainConfig
 from fedge.engines.base import EvalResult, TrainResult
@@ -25,7 +26,7 @@ from fedge.engines.feed import Feed
 from fedge.engines.files import read_model
 from fedge.engines.runtime import engine_errors, session_options, shared
 from fedge.engines.scoring import Scorer
-from fedge.engines.stepping import Shaper, Step, finite_loss, run_steps
+from fedge.engines.stepping import Shaper, Step, finite_loss, in_pieces, run_steps
 from fedge.errors import ArtifactError
 from fedge.types import Array, Examples, Indices, Params
 
@@ -53,13 +54,15 @@ class OrtTrainingEngine:
     Args:
         bundle: A verified bundle.
         threads: Of one operator. Results are bitwise repeatable for a given number.
+        frugal: How memory is saved; this engine cannot recompute.
     """
 
     name = "ort-training"
 
-    def __init__(self, bundle: Bundle, threads: int = 1) -> None:
+    def __init__(self, bundle: Bundle, threads: int = 1, frugal: Frugal = AS_USUAL) -> None:
+        self._frugal = frugal
         self._bundle, self._manifest, self._threads = bundle, bundle.manifest, threads
-        self._scorer = Scorer(bundle, threads)
+        self._scorer = Scorer(bundle, threads, frugal.score_rows)
         self._batches: dict[Hashable, _Batch] = {}
         self._calls = 0  # of train_step since params were set
         self._load(bundle.initial_params())
@@ -95,6 +98,7 @@ class OrtTrainingEngine:
 
     def train(self, data: Examples, config: TrainConfig, seed: int) -> TrainResult:
         """See :meth:`TrainingEngine.train`."""
+        config = in_pieces(config, self._frugal)
         feed = Feed(self._manifest, data, seed)
         rates = learning_rates(len(data), config)
         batches = batch_indices(len(data), config, seed)

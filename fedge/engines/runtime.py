@@ -8,13 +8,14 @@ from typing import Any
 
 from fedge.artifacts.ort_import import prepare_onnxruntime
 from fedge.engines.providers import CPU, KNOWN, Provider
-from fedge.errors import EngineError, EngineUnavailableError, FedgeError
+from fedge.errors import OUT_OF_MEMORY, EngineError, EngineUnavailableError, FedgeError
 from fedge.types import Array, Params
 
 prepare_onnxruntime()
 
 import onnxruntime as ort  # noqa: E402
 
+_NO_MEMORY = ("bad_alloc", "Failed to allocate memory", "Available memory of", "bad allocation")
 ERRORS_ONLY = 3  # onnxruntime's severity scale
 
 
@@ -84,6 +85,8 @@ def engine_errors(doing: str) -> Iterator[None]:
         raise
     except Exception as exc:
         text = str(exc).replace("\n", " ")
+        if isinstance(exc, MemoryError) or any(sign in text for sign in _NO_MEMORY):
+            raise EngineError(f"out of memory {doing}: {OUT_OF_MEMORY}") from exc
         raise EngineError(f"onnxruntime failed {doing}: {type(exc).__name__}: {text}") from exc
 
 

@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from fedge.artifacts.bundle import Bundle
+from fedge.artifacts.estimate import SCORE_ROWS
 from fedge.artifacts.manifest import EVALUATE, INFER, PREPROCESS
 from fedge.engines.base import EvalResult
 from fedge.engines.checks import check_examples, check_inputs, without_extras
@@ -21,7 +22,8 @@ PREPROCESS_ROWS = 1024  # rows per call; bounds the memory of a large data set
 class Scorer:
     """A bundle's inference graphs, each loaded when it is first needed."""
 
-    def __init__(self, bundle: Bundle, threads: int) -> None:
+    def __init__(self, bundle: Bundle, threads: int, most_rows: int = SCORE_ROWS) -> None:
+        self._most_rows = most_rows
         self._bundle, self._manifest, self._threads = bundle, bundle.manifest, threads
 
     def preprocess(self, raw: Examples, site: Params | None) -> Examples:
@@ -40,7 +42,7 @@ class Scorer:
         data = check_examples(self._manifest, data)
         rows = {**data.inputs, self._manifest.labels.name: data.labels}
         total, parts = 0.0, []
-        for chunk in _chunks(rows, batch_size):
+        for chunk in _chunks(rows, min(batch_size, self._most_rows)):
             got = self._evaluate.run({**chunk, **params})
             total += float(got.pop("loss")) * _rows(chunk)
             parts.append(got)
@@ -49,7 +51,8 @@ class Scorer:
     def predict(self, params: Params, inputs: Params, batch_size: int) -> Params:
         """Outputs for preprocessed inputs."""
         inputs = check_inputs(self._manifest.inputs, inputs)
-        return _join([self._infer.run({**c, **params}) for c in _chunks(inputs, batch_size)])
+        size = min(batch_size, self._most_rows)
+        return _join([self._infer.run({**c, **params}) for c in _chunks(inputs, size)])
 
     @cached_property
     def _preprocess(self) -> Session:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
+from fedge.artifacts.estimate import Frugal
 from fedge.config import TrainConfig
 from fedge.engines.base import TrainResult
 from fedge.errors import EngineError
@@ -31,6 +32,13 @@ def run_steps(
         seen += len(chosen)
         steps += 1
     return TrainResult(finite_loss(total / seen, steps), steps, seen)
+
+
+def in_pieces(config: TrainConfig, frugal: Frugal) -> TrainConfig:
+    """The same training with batches cut in as many pieces as memory asks for."""
+    if frugal.pieces <= config.accumulate:
+        return config
+    return config.replace(accumulate=frugal.pieces)
 
 
 def finite_loss(loss: float, steps: int) -> float:
