@@ -21,6 +21,7 @@ _HOME = {
     "Schedule": "fedge.config",
     "TrainConfig": "fedge.config",
     "build": "fedge.artifacts.build",
+    "estimate": "fedge.artifacts.estimate",
     "export": "fedge.exporting",
 }
 _MODULES = ("data", "errors", "losses", "metrics", "strategies")
@@ -38,6 +39,7 @@ __all__ = [
     "build",
     "data",
     "errors",
+    "estimate",
     "export",
     "losses",
     "metrics",

@@ -70,6 +70,7 @@ def _parser() -> Parser:
     _run(add)
     _personal(add)
     _engines(add)
+    _estimate(add)
     return parser
 
 
@@ -138,6 +139,19 @@ def _personal(add: _Adder) -> None:
     predict.add_argument("--global", dest="only_global", action="store_true", help="the global one")
     predict.add_argument("--json", action="store_true", help="one JSON object")
     predict.set_defaults(func=commands.predict)
+
+
+def _estimate(add: _Adder) -> None:
+    estimate = add(
+        "estimate",
+        "say what memory and time training takes on this device, and what fits",
+        "fedge-client estimate --memory 256MB --batch 8",
+    )
+    estimate.add_argument("bundle", nargs="?", metavar="BUNDLE", help="a folder (the newest here)")
+    estimate.add_argument("--memory", metavar="SIZE", help="(memory_mb of client.toml, or free)")
+    estimate.add_argument("--batch", type=int, metavar="N", help="rows per step (the bundle's)")
+    estimate.add_argument("--json", action="store_true", help="one JSON object")
+    estimate.set_defaults(func=commands.estimate)
 
 
 def _engines(add: _Adder) -> None:

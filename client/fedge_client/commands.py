@@ -14,11 +14,14 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
+from fedge.artifacts import advice
+from fedge.artifacts.advice import parse_size
+from fedge.artifacts.bundle import read_manifest
 from fedge.errors import ConfigError, StateError
 from fedge.wire.serde import printable
 from fedge.wire.token import PREFIX, Token
 from fedge_client import config as settings
-from fedge_client import enroll, environments
+from fedge_client import enroll, environments, memory
 from fedge_client.config import ClientConfig, DataConfig
 from fedge_client.outbox import Outbox
 from fedge_client.personal import PersonalModels
@@ -145,6 +148,19 @@ def engines(args: argparse.Namespace) -> int:
     engine = dataclasses.replace(config.engine, training_python=str(python))
     settings.save(state.root, dataclasses.replace(config, engine=engine))
     _show({"engine": "ort-training", "python": str(python)}, args.json)
+    return 0
+
+
+def estimate(args: argparse.Namespace) -> int:
+    """From the manifest alone; the time is this device's own where the engine was probed."""
+    root = Path(args.state or os.environ.get("FEDGE_STATE") or DEFAULT_STATE)
+    config = settings.load(root) if root.is_dir() else ClientConfig()
+    state = State(root, create=False) if root.is_dir() or not args.bundle else None
+    folder = Path(args.bundle) if args.bundle else memory.newest_bundle(state)
+    manifest = read_manifest(folder)
+    given = memory.budget(config.engine) if args.memory is None else parse_size(args.memory)
+    found = advice.report(manifest, given, args.batch, memory.rate(state, manifest))
+    print(json.dumps(found) if args.json else "\n".join(advice.lines(found)))
     return 0
 
 

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from fedge.artifacts.estimate import (
     ADDRESS_BYTES,
     AS_USUAL,
     MB,
+    SERVER,
     Estimate,
     Frugal,
+    Rate,
     plan,
     row_bytes,
 )
-from fedge.artifacts.manifest import Manifest
-from fedge.errors import EngineError
+from fedge.artifacts.manifest import STEP, Manifest
+from fedge.errors import EngineError, StateError
 from fedge.platform import available_memory
 from fedge_client.config import EngineConfig
+from fedge_client.state import State
 
 _THREAD_BYTES = 80 * MB  # of address space: a stack and an arena of its own
 _LEAST_ROWS = 16
+REFERENCE_ROWS = 4  # of a bundle's recorded step, which is what is timed
 
 
 def budget(config: EngineConfig) -> int | None:
@@ -37,6 +43,28 @@ def describe(config: EngineConfig) -> str:
     """The budget in words."""
     limit = budget(config)
     return "no limit is known" if limit is None else f"the worker may take {limit // MB} MB"
+
+
+def newest_bundle(state: State | None) -> Path:
+    """The folder of the newest global model's bundle.
+
+    Raises:
+        StateError: If there is none yet.
+    """
+    found = None if state is None else state.read_json("model.json")
+    if state is None or found is None:
+        raise StateError("no bundle is here yet; name a bundle's folder")
+    return state.bundle(str(found["bundle"]))
+
+
+def rate(state: State | None, manifest: Manifest) -> Rate:
+    """How fast this device is, from the step that was timed when its engine was chosen."""
+    known = None if state is None else state.read_json("engines.json")
+    cost = manifest.cost(STEP)
+    for key, (_, _, *timed) in (known or {}).items():
+        if key.startswith(manifest.digest) and cost is not None and timed and timed[0] > 0:
+            return Rate.measured(cost, REFERENCE_ROWS, float(timed[0]))
+    return SERVER
 
 
 class Budget:

@@ -114,7 +114,8 @@ class Desk:
             bundle = Bundle(self._state.bundle(manifest.digest), manifest)
             how = (config.training_python or None, config.name, config.providers)
             report = await asyncio.to_thread(probe_engines, bundle, config.threads, *how)
-            known[key] = [report.engine, report.reason]
+            step_s = report.per_engine[report.engine].step_s
+            known[key] = [report.engine, report.reason, step_s]
             self._state.write_json("engines.json", known)
         return known[key][0], known[key][1]
 

@@ -24,14 +24,14 @@ from fedge.errors import ArtifactError, ConfigError, EngineError
 
 MB = 1 << 20
 INTERPRETER_BYTES = 60 * MB  # Python, NumPy, ONNX Runtime, fedge
-SESSION_BYTES = 14 * MB  # code and tables that the first run touches
+SESSION_BYTES = 9 * MB  # code and tables that the first run touches
 NODE_BYTES = 7_500  # of one operator, loaded
 ADDRESS_BYTES = 144 * MB  # mapped but not resident: a limit on address space must add them
 ARENA = 1.15  # what ONNX Runtime's arena holds, of what is alive
 SCORE_ROWS = 256  # of one evaluation call, if memory allows
 MAX_PIECES = 64
 # One core of a 2020s x86 server; a device's own probe replaces them (see ``Rate.measured``).
-FLOPS_PER_S, BYTES_PER_S, NODE_S = 25e9, 6e9, 2e-6
+FLOPS_PER_S, BYTES_PER_S, NODE_S = 1e11, 12e9, 1e-6
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def advice(manifest: Manifest, memory_bytes: int, batch_size: int | None = None)
     """
     found = []
     size = manifest.train.batch_size if batch_size is None else batch_size
-    most = max(largest_batch(manifest, memory_bytes, Frugal(recompute=r)) for r in _forms(manifest))
+    most = max(largest_batch(manifest, memory_bytes, Frugal(recompute=r)) for r in forms(manifest))
     if 0 < most < size:
         found.append(f"use batch size {most} or less")
     if RECOMPUTED[STEP] not in manifest.files:
@@ -199,7 +199,7 @@ def advice(manifest: Manifest, memory_bytes: int, batch_size: int | None = None)
 
 def _ways(manifest: Manifest, batch_size: int | None) -> Iterator[Frugal]:
     size = manifest.train.batch_size if batch_size is None else batch_size
-    for recompute in _forms(manifest):
+    for recompute in forms(manifest):
         pieces = 1
         while pieces <= min(size, MAX_PIECES):
             yield Frugal(recompute, pieces)
@@ -208,7 +208,8 @@ def _ways(manifest: Manifest, batch_size: int | None) -> Iterator[Frugal]:
             pieces *= 2
 
 
-def _forms(manifest: Manifest) -> tuple[bool, ...]:
+def forms(manifest: Manifest) -> tuple[bool, ...]:
+    """Whether steps recompute, for each form that the bundle has."""
     return (False, True) if RECOMPUTED[STEP] in manifest.files else (False,)
 
 

@@ -1,4 +1,4 @@
-"""``fedge-server init | build | export``: the model without the network."""
+"""``fedge-server init | build | estimate | export``: the model without the network."""
 
 from __future__ import annotations
 
@@ -35,6 +35,17 @@ def add_parser(subparsers: Any) -> None:  # noqa: ANN401 - argparse's private ty
     build.add_argument("--out", type=Path, metavar="DIR", help="also write the bundle here")
     build.add_argument("--json", action="store_true", help="print one JSON object")
     build.set_defaults(func=run_build)
+    estimate = cli.command(
+        subparsers,
+        "estimate",
+        "say what memory and time training a bundle takes, and what fits a budget",
+        "estimate ./bundle --memory 256MB --batch 8",
+    )
+    estimate.add_argument("bundle", type=Path, metavar="BUNDLE", help="a bundle's folder")
+    estimate.add_argument("--memory", metavar="SIZE", help="of the client's worker, as 256MB")
+    estimate.add_argument("--batch", type=int, metavar="N", help="rows per step (the bundle's)")
+    estimate.add_argument("--json", action="store_true", help="print one JSON object")
+    estimate.set_defaults(func=run_estimate)
     export = cli.command(
         subparsers,
         "export",
@@ -81,6 +92,17 @@ def run_build(args: argparse.Namespace) -> int:
     lines = [f"bundle {bundle.manifest.name} {bundle.digest}"]
     lines += [f"  engine {name}: {why}" for name, why in engines.items()]
     print(json.dumps(values) if args.json else "\n".join(lines))
+    return 0
+
+
+def run_estimate(args: argparse.Namespace) -> int:
+    """From the manifest alone."""
+    from fedge.artifacts import advice
+    from fedge.artifacts.bundle import read_manifest
+
+    memory = None if args.memory is None else advice.parse_size(args.memory)
+    found = advice.report(read_manifest(args.bundle), memory, args.batch)
+    print(json.dumps(found) if args.json else "\n".join(advice.lines(found)))
     return 0
 
 
