@@ -17,6 +17,10 @@ from fedge.autodiff.rules.windows import (
     windows_of,
 )
 
+# ONNX Runtime packs the second matrix of a product: from so many rows on, the smaller one should
+# be that (measured: 290 against 379 µs for 48 x 1088 by 16 x 1088, 69 against 53 µs with 6).
+_WIDE = 16
+
 
 @vjp_rule("Conv")
 def conv(op: Ops, node: ir.Node, dy: Value) -> Gradients:
@@ -72,28 +76,49 @@ def _weight(op: Ops, operands: tuple[Value, Value, Value], windows: Windows, gro
     out, per_group = static_shape(w)[0] // group, static_shape(w)[1]
     if group > 1 and out == per_group == 1:
         sums, order = _depthwise_products(op, (large, small), windows, group)
+    elif group == 1 and per_group * math.prod(windows.kernel) < out * windows.kernel[0]:
+        return _gathered_weight(op, operands, windows)
     else:
         products, order = _products(op, operands, windows, group)
         sums = [op.sum(p, [0]) for p in products]
-    sums = [op.reshape(s, (group, per_group, -1, out)) for s in sums]
-    total = sums[0] if len(sums) == 1 else op.Concat(*sums, axis=2)  # [G, I, T, O]
+        if per_group < _WIDE:
+            sums = [op.Transpose(s, perm=[0, 2, 1]) for s in sums]
+    sums = [op.reshape(s, (group, -1, out, per_group)) for s in sums]
+    total = _side_by_side(op, sums, 1)  # [G, T, O, I]
     if order != sorted(order):
-        total = op.Gather(total, op.ints(np.argsort(order).tolist()), axis=2)
-    return op.reshape(op.transpose(total, (0, 3, 1, 2)), static_shape(w))
+        total = op.Gather(total, op.ints(np.argsort(order).tolist()), axis=1)
+    return op.reshape(op.transpose(total, (0, 2, 3, 1)), static_shape(w))
+
+
+def _gathered_weight(op: Ops, operands: tuple[Value, Value, Value], windows: Windows) -> Value:
+    """dW by im2col, for first layers: few channels for every tap are less than small's many."""
+    large, small, w = operands
+    out, channels = static_shape(w)[:2]
+    cut = Cutter(op, large, channels, windows)
+    taps = [cut(start, windows.count[0]) for start in windows.starts()]
+    positions = math.prod(windows.count)
+    columns = op.Reshape(_side_by_side(op, taps, 1), op.ints([0, len(taps) * channels, positions]))
+    small = op.Reshape(small, op.ints([0, out, positions]))
+    product = op.MatMul(small, op.Transpose(columns, perm=[0, 2, 1]))  # [N, O, TI]
+    total = op.reshape(op.sum(product, [0]), (out, len(taps), channels))
+    return op.reshape(op.transpose(total, (0, 2, 1)), static_shape(w))
 
 
 def weight_by_row(
     op: Ops, operands: tuple[Value, Value, Value], windows: Windows, group: int
 ) -> Value:
-    """The gradient of W by each row alone, [N, G, I, TO]: its elements in another order."""
+    """The gradient of W by each row alone, [N, G, ·, ·]: its elements in another order."""
     products, _ = _products(op, operands, windows, group)
-    return products[0] if len(products) == 1 else op.Concat(*products, axis=3)
+    wide = static_shape(operands[2])[1] >= _WIDE
+    return _side_by_side(op, products, 2 if wide else 3)
 
 
 def _products(
     op: Ops, operands: tuple[Value, Value, Value], windows: Windows, group: int
 ) -> tuple[list[Value], list[int]]:
-    """Per row, large times small under every tap: [N, G, I, some taps · O] each, and those taps.
+    """Per row, large times small under every tap, and which taps each product is of.
+
+    Products are [N, G, some taps · O, I], or [N, G, I, some taps · O] where I is small.
 
     Along the first spatial axis small is moved against large, along the others large is sliced:
     for 3×3 that is 3 + 3 copies where im2col makes 9, and the matrices are wider. Moving adds
@@ -106,18 +131,18 @@ def _products(
     out, per_group = static_shape(w)[0] // group, static_shape(w)[1]
     lines, line = windows.count[0], math.prod(windows.count[1:])
     small = op.Reshape(small, op.ints([0, group, out, lines * line]))
-    cut = Cutter(op, large, windows)
+    cut = Cutter(op, large, group * per_group, windows)
     products: list[Value] = []
     order: list[int] = []
     columns = windows.starts(1)
     for first, moves in windows.first_axis_moves().items():
         last = max(moves.values())
         y = _side_by_side(op, _moved(op, small, moves, line), 2)
-        y = op.Transpose(y, perm=[0, 1, 3, 2])
         for number, column in enumerate(columns):
             x = cut((first, *column), lines + last)
             x = op.Reshape(x, op.ints([0, group, per_group, (lines + last) * line]))
-            products.append(op.MatMul(x, y))
+            a, b = (x, y) if per_group < _WIDE else (y, x)
+            products.append(op.MatMul(a, op.Transpose(b, perm=[0, 1, 3, 2])))
             order += [tap * len(columns) + number for tap in moves]
     return products, order
 
@@ -133,7 +158,7 @@ def _depthwise_products(
     line = math.prod(windows.count[1:])
     small = op.Reshape(small, op.ints([0, channels, windows.count[0] * line]))
     small = op.Unsqueeze(op.Transpose(small, perm=[1, 0, 2]), op.ints([1]))
-    cut = Cutter(op, large, windows, rows_behind=True)
+    cut = Cutter(op, large, channels, windows, rows_behind=True)
     flat = op.ints([channels, 1, -1])
     products: list[Value] = []
     order: list[int] = []

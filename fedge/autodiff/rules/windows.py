@@ -8,7 +8,7 @@ from itertools import product
 
 import onnx_ir as ir
 
-from fedge.autodiff.ops import Ops, Value, attribute, shape_of, static_dims
+from fedge.autodiff.ops import Ops, Value, attribute, static_dims
 
 
 @dataclass(frozen=True)
@@ -149,15 +149,17 @@ class Cutter:
     Args:
         op: Where to write.
         x: What the windows slide over, [N, C, ...].
+        channels: C.
         windows: Their geometry.
         rows_behind: Cut [C, N, ...] from it.
     """
 
-    def __init__(self, op: Ops, x: Value, windows: Windows, *, rows_behind: bool = False) -> None:
+    def __init__(
+        self, op: Ops, x: Value, channels: int, windows: Windows, *, rows_behind: bool = False
+    ) -> None:
         step = windows.stride[0]
-        self._op, self._windows = op, windows
+        self._op, self._windows, self._channels = op, windows, channels
         self._apart = windows.stride == (step, step) and step > 1 and max(windows.kernel) > 1
-        self._channels = shape_of(x)[1]
         self._size = list(windows.padded)
         if self._apart:
             self._size = [-(-n // step) * step for n in self._size]
@@ -182,7 +184,7 @@ class Cutter:
 
     def _from_planes(self, start: Sequence[int], count: Sequence[int]) -> Value:
         """Out of [N, step · step · C, H / step, W / step]."""
-        op, step, channels = self._op, self._windows.stride[0], int(self._channels)
+        op, step, channels = self._op, self._windows.stride[0], self._channels
         (row, plane_row), (column, plane_column) = (divmod(b, step) for b in start)
         first = (plane_row * step + plane_column) * channels
         begin = [first, row, column]
