@@ -298,6 +298,30 @@ def test_conv(
     )
 
 
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize(
+    ("group", "inside", "out", "kernel"),
+    [
+        (4, 4, 4, 3),  # depthwise
+        (3, 3, 6, 3),  # depthwise, two outputs per channel
+        (1, 1, 6, 5),  # a first layer
+        (1, 20, 4, 3),  # many channels
+        (2, 36, 4, 2),
+        (1, 5, 7, 1),  # a point
+    ],
+)
+def test_conv_forms(
+    check: Check, group: int, inside: int, out: int, kernel: int, stride: int, dilation: int
+) -> None:
+    def reference(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x, w, None, stride, 1, dilation, group)
+
+    operands = [normal(0, 3, inside, 11, 10), normal(1, out, inside // group, kernel, kernel)]
+    attributes = {"strides": [stride] * 2, "dilations": [dilation] * 2, "pads": [1] * 4}
+    check("Conv", reference, operands, group=group, **attributes)
+
+
 @pytest.mark.parametrize("auto_pad", ["SAME_UPPER", "SAME_LOWER", "VALID"])
 @pytest.mark.parametrize(("size", "kernel", "stride"), [(7, 2, 2), (8, 3, 2), (6, 4, 1), (9, 2, 3)])
 def test_conv_auto_pad(check: Check, auto_pad: str, size: int, kernel: int, stride: int) -> None:
