@@ -70,9 +70,11 @@ def bundle_of(model: str, folder: Path) -> Bundle:
         return Bundle.open(path, admit=False)
     how = MODELS[model]
     sample = {n: np.asarray(v) for n, v in how.inputs(2).items()}
-    return fedge.build(
-        *(how.build(),), loss=how.loss, optimizer="adamw", sample=sample, recompute="auto", out=path
+    module = how.build()
+    made: Bundle = fedge.build(
+        module, loss=how.loss, optimizer="adamw", sample=sample, recompute="auto", out=path
     )
+    return made
 
 
 def rows_of(model: str, folder: Path) -> list[dict[str, Any]]:
