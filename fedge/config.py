@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import sys
 import tomllib
 from collections.abc import Mapping
@@ -46,6 +47,7 @@ class Schedule:
     gamma: float = 0.1
 
     def __post_init__(self) -> None:
+        _check_types(self, "schedule")
         _require(self.name in SCHEDULES, f"schedule {self.name!r}; known: {', '.join(SCHEDULES)}")
         _at_least("warmup", self.warmup, 0)
         _at_least("every", self.every, 1)
@@ -126,6 +128,7 @@ class TrainConfig:
     round_schedule: Schedule = field(default_factory=Schedule)
 
     def __post_init__(self) -> None:
+        _check_types(self, "train")
         if self.epochs is None and self.steps is None:
             object.__setattr__(self, "epochs", 1)
         _require(
@@ -212,12 +215,17 @@ class RunConfig:
     max_norm: float = 1e6
 
     def __post_init__(self) -> None:
+        _check_types(self, "run")
         _at_least("rounds", self.rounds, 1)
         _at_least("min_clients", self.min_clients, 1)
         _positive("deadline_s", self.deadline_s)
         _positive("max_norm", self.max_norm)
         if self.cohort_size is not None:
-            _at_least("cohort_size", self.cohort_size, self.min_clients)
+            _require(
+                self.cohort_size >= self.min_clients,
+                f"cohort_size is {self.cohort_size}; it must be at least min_clients, "
+                f"which is {self.min_clients}",
+            )
 
 
 T = TypeVar("T")
@@ -278,6 +286,17 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "str": (str,),
     "bool": (bool,),
 }
+
+
+def _check_types(settings: Any, where: str) -> None:  # noqa: ANN401 - one of the dataclasses above
+    """Check every field's type, and make plain numbers of numpy's."""
+    for f in fields(settings):
+        value = getattr(settings, f.name)
+        if isinstance(value, numbers.Number) and hasattr(value, "item"):
+            value = value.item()
+            object.__setattr__(settings, f.name, value)
+        if value is not None or not _optional(f):
+            _check_type(where, f.name, value, str(f.type))
 
 
 def _check_type(where: str, name: str, value: object, annotation: str) -> None:

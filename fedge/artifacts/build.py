@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import numbers
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -37,11 +38,11 @@ from fedge.artifacts.strip import strip
 from fedge.artifacts.torch_export import ExportOptions, export_module
 from fedge.autodiff import TrainingGraphs, training_graphs
 from fedge.autodiff.optimizers import settings_of
-from fedge.config import TrainConfig
+from fedge.config import TrainConfig, from_mapping
 from fedge.errors import ConfigError
 from fedge.losses import Loss, LossLike, Onnx, find_loss
 from fedge.losses import settings_of as settings_of_loss
-from fedge.types import Examples, Params
+from fedge.types import Array, Examples, Params
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -62,7 +63,7 @@ def build(
     shared: Patterns = None,
     personal: Patterns = None,
     preprocessing: Preprocessing = None,
-    train: TrainConfig | None = None,
+    train: TrainConfig | Mapping[str, Any] | None = None,
     out: str | Path | None = None,
     name: str | None = None,
     signing_key: Ed25519PrivateKey | None = None,
@@ -85,14 +86,15 @@ def build(
         dynamic: Of a module: input -> axis -> name of a size that may vary from data set to data
             set, as ``{"x": {1: "T"}}``. An ONNX model says so itself.
         exporter: Of a module: ``torchscript``, ``dynamo``, or ``auto``: the second where the first
-            cannot.
+            cannot, and where sizes may vary.
         trainable: Glob patterns of the tensors to train; by default all that can be.
         shared: Patterns of tensors training changes (running statistics too) that may leave a
             device; by default all.
         personal: Likewise those that never leave one. Exclusive with ``shared``.
         preprocessing: From a site's raw columns to the model's inputs: None, ``Standardize``,
             ``SiteStandardize`` (or ``"site"``), or an ONNX model.
-        train: Local training settings devices use unless a round says otherwise.
+        train: Local training settings devices use unless a round says otherwise; a
+            ``TrainConfig`` or a table of its fields.
         out: Folder to make; None makes a temporary one that lives as long as the bundle object.
         name: Of the model; by default from the file or class.
         signing_key: Ed25519 key to sign with; a fresh one by default.
@@ -108,6 +110,9 @@ def build(
         ConfigError: If an option is wrong or does not fit the model.
         ArtifactError: If the model cannot be used; UnsupportedOperatorError names the operator.
     """
+    settings = _train(train)
+    _check_types(name=(name, str), out=(out, str | Path))
+    key = generate_signing_key() if signing_key is None else signing_key
     source = _read(model, sample, output, ExportOptions(exporter, dynamic or {}))
     params = choose(source, Choice(trainable, shared, personal))
     kind = read_loss(loss)
@@ -126,7 +131,7 @@ def build(
         name=_name(name or source.name),
         loss=kind.name,
         optimizer=request.optimizer,
-        train=train or TrainConfig(),
+        train=settings,
         raw_inputs=pre.raw_inputs,
         inputs=graphs.inputs,
         outputs=graphs.outputs,
@@ -143,9 +148,7 @@ def build(
         noise=graphs.noise,
         costs=found,
     )
-    return Bundle.write(
-        manifest, {**files, **ort.files}, signing_key or generate_signing_key(), out
-    )
+    return Bundle.write(manifest, {**files, **ort.files}, key, out)
 
 
 def _record(grad: bytes, graphs: TrainingGraphs, source: Source, values: Params) -> Reference:
@@ -213,11 +216,33 @@ def _sample_rows(sample: Any, names: list[str]) -> Params:  # noqa: ANN401
     if sample is None:
         return {}
     if not isinstance(sample, Mapping):
-        sample = dict(zip(names, [sample] if len(names) == 1 else sample, strict=False))
-    unknown = sorted(set(sample) - set(names))
+        rows = [sample] if len(names) == 1 else sample
+        if isinstance(rows, str) or not isinstance(rows, Sequence):
+            raise ConfigError(
+                f"sample is {_shown(sample)}; wanted arrays for {', '.join(names)}, in "
+                "this order or by name"
+            )
+        sample = dict(zip(names, rows, strict=False))
+    unknown = sorted(set(sample) - set(names), key=str)
     if unknown:
         raise ConfigError(f"sample names {unknown[0]!r}; the model takes {', '.join(names)}")
-    return {n: np.asarray(v) for n, v in sample.items()}
+    return {n: _numbers(n, v) for n, v in sample.items()}
+
+
+def _numbers(name: str, value: Any) -> Array:  # noqa: ANN401
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError) as exc:
+        raise ConfigError(f"sample for {name} is no array: {exc}") from exc
+    if array.dtype.kind not in "biuf" or not array.ndim:
+        raise ConfigError(f"sample for {name} is {_shown(value)}; wanted numbers, rows × features")
+    return array
+
+
+def _shown(value: object) -> str:
+    """A value in a message: short, and of what type."""
+    text = " ".join(repr(value).split())
+    return f"{text if len(text) <= 60 else text[:60] + '…'} ({type(value).__name__})"
 
 
 def read_loss(given: LossLike | Path | bytes | onnx.ModelProto) -> Loss:
@@ -286,7 +311,7 @@ def _recompute(given: bool | int | str) -> tuple[bool | int, ...]:
     """Of each pair of training graphs, whether or in how many segments."""
     if given == "auto":
         return (False, True)
-    if isinstance(given, str) or int(given) < 0:
+    if not isinstance(given, int) or given < 0:
         raise ConfigError(f"recompute is {given!r}; wanted True, False, 'auto' or segments")
     return (given if isinstance(given, bool) else given > 1 and given,)
 
@@ -338,9 +363,35 @@ def _optimizer(given: OptimizerLike) -> Optimizer:
     if isinstance(given, str):
         given = Optimizer(given)
     elif isinstance(given, Mapping):
-        settings = {k: float(v) for k, v in given.items() if k != "name"}
+        settings = {str(k): _setting(k, v) for k, v in given.items() if k != "name"}
         given = Optimizer(str(given.get("name", "sgd")), settings)
+    if not isinstance(given, Optimizer):
+        raise ConfigError(
+            f"optimizer is {_shown(given)}; give 'sgd', 'adamw', or a table such as "
+            "{'name': 'sgd', 'momentum': 0.9}; the learning rate is train=TrainConfig(lr=…)"
+        )
     return replace(given, settings=settings_of(given))
+
+
+def _check_types(**options: tuple[object, Any]) -> None:
+    for name, (value, wanted) in options.items():
+        if value is not None and not isinstance(value, wanted):
+            raise ConfigError(f"{name} is {_shown(value)}; wanted text")
+
+
+def _setting(name: object, value: object) -> float:
+    if isinstance(value, numbers.Real):
+        return float(value)
+    raise ConfigError(f"optimizer: {name} is {_shown(value)}; wanted a number")
+
+
+def _train(given: TrainConfig | Mapping[str, Any] | None) -> TrainConfig:
+    """Settings as they are, or from plain values."""
+    if isinstance(given, Mapping):
+        return from_mapping(TrainConfig, dict(given), "train")
+    if given is not None and not isinstance(given, TrainConfig):
+        raise ConfigError(f"train is {_shown(given)}; give TrainConfig(lr=…) or a table")
+    return given or TrainConfig()
 
 
 def _name(text: str) -> str:

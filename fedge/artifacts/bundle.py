@@ -73,6 +73,10 @@ class Bundle:
     path: Path
     manifest: Manifest
 
+    def __repr__(self) -> str:
+        made = self.manifest
+        return f"Bundle({str(self.path)!r}, {made.name}, {made.loss}, {made.digest[:12]})"
+
     @classmethod
     def open(
         cls,
@@ -127,7 +131,7 @@ class Bundle:
                 lives as long as the returned object.
 
         Raises:
-            ConfigError: If ``out`` holds something already.
+            ConfigError: If ``out`` holds something already, or cannot be made.
             ArtifactError: If ``files`` and manifest do not fit.
         """
         entries = {n: FileEntry(len(d), hashlib.sha256(d).hexdigest()) for n, d in files.items()}
@@ -142,7 +146,10 @@ class Bundle:
             _fill(folder, {**files, **signed})
             return bundle
         folder = Path(out)
-        _write_folder(folder, {**files, **signed})
+        try:
+            _write_folder(folder, {**files, **signed})
+        except OSError as exc:
+            raise ConfigError(f"cannot write a bundle to {folder}: {exc.strerror}") from exc
         return cls(folder, manifest)
 
     @property

@@ -50,10 +50,14 @@ def read_model(source: onnx.ModelProto | bytes | str | Path) -> onnx.ModelProto:
         copy.CopyFrom(source)
         return copy
     data = source if isinstance(source, bytes) else _read(Path(source))
+    what = f"{len(data)} bytes" if isinstance(source, bytes) else str(source)
     try:
-        return onnx.load_model_from_string(data)
+        model = onnx.load_model_from_string(data)
     except Exception as exc:  # protobuf's DecodeError, by more than one name
-        raise ArtifactError(f"not an ONNX model: {exc}") from exc
+        raise ArtifactError(f"{what}: not an ONNX model: {exc}") from exc
+    if not model.HasField("graph"):
+        raise ArtifactError(f"{what}: not an ONNX model: it has no graph")
+    return model
 
 
 def normalize(model: onnx.ModelProto, sizes: Sizes | None = None) -> onnx.ModelProto:

@@ -78,6 +78,11 @@ def build_preprocessor(how: Preprocessing, inputs: Sequence[TensorSpec]) -> Prep
         if how not in ("none", "site"):
             raise ConfigError(f"preprocessing {how!r} is unknown; known: none, site")
         how = SiteStandardize() if how == "site" else None
+    if not isinstance(how, Standardize | SiteStandardize | None):
+        raise ConfigError(
+            f"preprocessing is a {type(how).__name__}; give Standardize, SiteStandardize, 'site', "
+            "an ONNX ModelProto or None"
+        )
     if how is None:
         return Preprocessor(_assemble(inputs, {}, []), tuple(inputs), "none")
     target = _target(how.input, inputs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TypeAlias
@@ -124,7 +124,9 @@ def _trains(node: onnx.NodeProto) -> bool:
 
 
 def _match(option: str, patterns: str | Sequence[str], names: Sequence[str]) -> list[str]:
-    listed = [patterns] if isinstance(patterns, str) else list(patterns)
+    listed = [patterns] if isinstance(patterns, str) else patterns
+    if not isinstance(listed, Collection) or not all(isinstance(p, str) for p in listed):
+        raise ConfigError(f"{option} is {patterns!r}; wanted a pattern of names, or a list of them")
     for pattern in listed:
         if not any(fnmatchcase(n, pattern) for n in names):
             raise ConfigError(f"{option}: {pattern!r} matches none of: {', '.join(names)}")

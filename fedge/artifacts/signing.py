@@ -30,7 +30,10 @@ def generate_signing_key() -> Ed25519PrivateKey:
 
 def public_hex(key: Ed25519PrivateKey) -> str:
     """The public half: 32 raw bytes as 64 hex digits, as in ``Manifest.signer``."""
-    return key.public_key().public_bytes_raw().hex()
+    try:
+        return key.public_key().public_bytes_raw().hex()
+    except AttributeError as exc:
+        raise ConfigError(f"a {type(key).__name__} is no Ed25519 private key") from exc
 
 
 def sign(key: Ed25519PrivateKey, data: bytes) -> bytes:

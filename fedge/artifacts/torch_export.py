@@ -55,7 +55,8 @@ class ExportOptions:
     """How to export.
 
     Attributes:
-        exporter: ``torchscript``, ``dynamo``, or ``auto``: the second where the first cannot.
+        exporter: ``torchscript``, ``dynamo``, or ``auto``: the second where the first cannot, and
+            where sizes may vary, which the first may take for constants.
         dynamic: Input name -> axis -> name of a size that may vary there, beside the batch.
     """
 
@@ -103,7 +104,8 @@ def export_module(module: Any, sample: Any, options: ExportOptions | None = None
             f"cannot build from a {type(module).__name__}; give an nn.Module, an onnx.ModelProto, "
             f"the bytes of one, or a path to an .onnx file"
         )
-    kinds = {"auto": ("torchscript", "dynamo")}.get(options.exporter, (options.exporter,))
+    automatic = ("dynamo",) if options.dynamic else ("torchscript", "dynamo")
+    kinds = automatic if options.exporter == "auto" else (options.exporter,)
     if not set(kinds) <= _EXPORTERS.keys():
         raise ConfigError(
             f"exporter {options.exporter!r} is unknown; known: auto, {', '.join(_EXPORTERS)}"
@@ -122,7 +124,7 @@ def export_module(module: Any, sample: Any, options: ExportOptions | None = None
         else:
             arrays = {n: r.numpy() for n, r in zip(names, rows, strict=True)}
             return Exported(model, params, trainable, arrays, str(torch.__version__), kind)
-    raise ArtifactError("; ".join(failures))
+    raise ArtifactError("; ".join(dict.fromkeys(failures)))
 
 
 def _export(
@@ -243,7 +245,12 @@ def _arguments(
 
 def _two_rows(torch: Any, value: Any) -> Any:  # noqa: ANN401
     """At least two rows: with one, a traced squeeze would bake the batch in."""
-    tensor = torch.as_tensor(np.asarray(value) if not hasattr(value, "detach") else value)
+    try:
+        tensor = torch.as_tensor(value if hasattr(value, "detach") else np.asarray(value))
+    except (TypeError, ValueError) as exc:
+        raise ConfigError(
+            f"sample holds a {type(value).__name__}; wanted arrays of numbers, rows × features"
+        ) from exc
     tensor = tensor.detach().cpu()
     tensor = tensor.float() if tensor.is_floating_point() else tensor
     if tensor.ndim < 1 or not tensor.shape[0]:
@@ -299,16 +306,19 @@ def _check_params(module: Any, model: onnx.ModelProto) -> tuple[tuple[str, ...],
     trainable: list[str] = []
     frozen: list[str] = []
     for name, tensor in module.named_parameters():
+        if name not in shapes and not tensor.requires_grad:
+            continue
         if shapes.get(name) != tuple(tensor.shape):
             raise ArtifactError(
                 f"parameter {name!r} {tuple(tensor.shape)} is {shapes.get(name, 'missing')} in "
                 f"the exported model: forward does not use it, or the exporter rewrote it; "
-                f"remove it, or export to ONNX yourself and build from that"
+                f"remove it, freeze it if it is unused (requires_grad_(False)), or export to ONNX "
+                f"yourself and build from that"
             )
         (trainable if tensor.requires_grad else frozen).append(name)
     buffers = {n for n, b in module.named_buffers() if b.is_floating_point() and b.ndim}
-    known = [*(n for n, _ in module.named_parameters()), *sorted(buffers & shapes.keys())]
-    return tuple(known), tuple(trainable)
+    used = [n for n, _ in module.named_parameters() if n in shapes]
+    return (*used, *sorted(buffers & shapes.keys())), tuple(trainable)
 
 
 def _reset(module: Any, model: onnx.ModelProto) -> None:  # noqa: ANN401

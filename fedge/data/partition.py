@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -31,7 +32,7 @@ def partition(
 
     Args:
         x: Rows, [N, ...]; each client gets its part under the input name ``x``.
-        y: Labels, [N, ...]; classes of any integer dtype for ``dirichlet`` and ``shards``.
+        y: Labels, [N, ...]; classes, that is whole numbers or texts, for ``dirichlet``.
         by: ``iid``: shuffled and cut evenly. ``dirichlet``: each class is spread over the clients
             in Dirichlet(alpha) proportions (Yurochkin et al., ICML 2019, arXiv:1905.12022).
             ``shards``: sorted by label, cut into 2 · clients pieces, two pieces each (McMahan et
@@ -46,14 +47,22 @@ def partition(
 
     Raises:
         ConfigError: For an unknown ``by`` or a value out of range.
-        DataError: If x and y differ in rows, or there are too few rows for so many clients.
+        DataError: If x and y differ in rows, there are too few rows for so many clients, or labels
+            are no classes where classes are to be spread.
     """
     chosen = _SCHEMES.get(by)
     if chosen is None:
         raise ConfigError(f"by={by!r} is not a way to split; known: {', '.join(_SCHEMES)}")
-    if clients < 1 or not alpha > 0:
-        raise ConfigError(f"clients={clients}, alpha={alpha}; wanted clients >= 1 and alpha > 0")
+    if not isinstance(clients, numbers.Integral) or clients < 1:
+        raise ConfigError(f"clients={clients!r}; wanted a whole number, at least 1")
+    if not isinstance(alpha, numbers.Real) or not 0 < alpha < np.inf:
+        raise ConfigError(f"alpha={alpha!r}; wanted a number above 0")
     data = Examples({INPUT: np.asarray(x)}, np.asarray(y))
+    if by == "dirichlet" and not _are_classes(data.labels):
+        raise DataError(
+            "by='dirichlet' spreads classes; these labels are not whole numbers: give classes, or "
+            "by='iid' or 'shards'"
+        )
     if len(data) < MIN_ROWS * clients:
         raise DataError(
             f"{len(data)} rows for {clients} clients; wanted at least {MIN_ROWS * clients} rows"
@@ -112,6 +121,11 @@ def hold_out(client_id: str, data: Examples, test_fraction: float, seed: int) ->
     order = _rng(seed, "hold-out", client_id).permutation(len(data))
     test, train = np.sort(order[:held]), np.sort(order[held:])
     return ClientData(client_id, data.take(train), data.take(test))
+
+
+def _are_classes(labels: Array) -> bool:
+    kind = labels.dtype.kind
+    return kind in "biuUS" or (kind == "f" and bool((labels == np.floor(labels)).all()))
 
 
 def _iid(labels: Array, clients: int, _alpha: float, rng: _Rng) -> list[Indices]:

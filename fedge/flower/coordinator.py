@@ -45,6 +45,7 @@ Observer: TypeAlias = Callable[[Event], None]
 _log = logging.getLogger("fedge.rounds")
 _SLICE_S = 0.5  # how late a stop may be noticed
 _LONGEST_PAUSE_S = 60.0
+_SHOWN = 3  # failed clients in a message
 
 
 class Coordinator:
@@ -121,7 +122,7 @@ class Coordinator:
     def _restore(self) -> None:
         events = [rounds.from_json(e) for e in self._journal.events(self._run_id)]
         self.state = rounds.replay(events)
-        if self._keeper is None:
+        if self._keeper is None and self._journal.durable:
             _log.warning(
                 "strategy %s is not resumable: its state is lost on a crash", self._strategy_name
             )
@@ -251,11 +252,7 @@ class Coordinator:
         self._emit(event)
         self._grid.cancel(tasks)
         if self._max_attempts is not None and event.attempt >= self._max_attempts:
-            reasons = "; ".join(f"{c}: {r}" for c, r in sorted(replies.dropped.items())[:3])
-            raise EngineError(
-                f"round {event.round_num} got {accepted} of {least} updates in "
-                f"{event.attempt} attempts ({reasons})"
-            )
+            raise EngineError(_shortfall(event, self._strategy_name))
 
     def _start_evaluation(self) -> None:
         number = self.state.round_num
@@ -364,6 +361,20 @@ def _check_instruction(message: Message, nodes: dict[int, ClientId], group: Grou
             f"wanted {group.phase} messages to nodes of its grid"
         )
     messages.config_in(message)
+
+
+def _shortfall(event: rounds.RoundRetried, strategy: str) -> str:
+    """Why a round was given up, in one line."""
+    where = f"round {event.round_num}", f"in {event.attempt} attempts"
+    if event.accepted >= event.wanted:
+        return (
+            f"{where[0]} did not commit {where[1]}: aggregate_train of {strategy} returned no "
+            f"params, though it had {event.accepted} updates"
+        )
+    failed = sorted(event.dropped.items())
+    reasons = "; ".join(f"{c}: {r}" for c, r in failed[:_SHOWN])
+    more = f"; and {len(failed) - _SHOWN} more" if len(failed) > _SHOWN else ""
+    return f"{where[0]} got {event.accepted} of {event.wanted} updates {where[1]} ({reasons}{more})"
 
 
 def _numbers(record: MetricRecord | None) -> Metrics:

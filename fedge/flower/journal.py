@@ -10,7 +10,12 @@ from fedge.errors import StateError
 
 
 class Journal(Protocol):
-    """Durable storage of runs. When a method returns, what it was given survives a power cut."""
+    """Storage of runs."""
+
+    @property
+    def durable(self) -> bool:
+        """Whether what a method was given survives a power cut once the method returns."""
+        ...
 
     def append(self, run_id: str, event: dict[str, Any]) -> None:
         """Add one event (plain JSON values) at the end of the run's list."""
@@ -35,6 +40,8 @@ class Journal(Protocol):
 
 class MemoryJournal:
     """A journal that lives as long as the process: for simulations and tests."""
+
+    durable = False
 
     def __init__(self) -> None:
         self._events: dict[str, list[str]] = {}

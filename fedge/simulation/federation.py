@@ -76,6 +76,10 @@ class Federation:
         self._workers = default if workers is None else workers
         self._bundle = self._rescaled(bundle) if scaling == "global" else bundle
 
+    def __repr__(self) -> str:
+        strategy = type(self._strategy).__name__
+        return f"Federation({self._bundle!r}, {len(self._clients)} clients, {strategy})"
+
     @property
     def bundle(self) -> Bundle:
         """What the clients run; with ``scaling="global"`` a copy with the common scale."""

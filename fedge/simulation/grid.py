@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import concurrent.futures
+import numbers
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -187,7 +188,8 @@ class LocalGrid(FleetGrid):
         before = {**self._initial, **client.personal, **shared}
         seed = derive_seed(task.seed, task.round_num, name, "batches")
         given = algebra.copy(before)
-        after, num_examples, metrics = work(name, client.data, given, task.round_num, seed)
+        returned = work(name, client.data, given, task.round_num, seed)
+        after, num_examples, metrics = _three(returned)
         after = {**before, **_fitting(after, before)}
         delta = compute_delta(after, {n: shared[n] for n in self._manifest.shared})
         update = Update(name, task.round_num, delta, num_examples, messages.finite(metrics))
@@ -210,6 +212,20 @@ class LocalGrid(FleetGrid):
             client.site = local.prepare(lane.engine(), self._manifest, client.data)
         site = client.site
         return local.Site(site.client_id, site.train, site.test, client.personal)
+
+
+def _three(returned: object) -> tuple[Params, int, Metrics]:
+    """What a researcher's function returned, if it has the parts it is to have."""
+    wanted = (Mapping, numbers.Integral, Mapping)
+    parts = returned if isinstance(returned, tuple) else (returned,)
+    if len(parts) != 3 or not all(map(isinstance, parts, wanted)):
+        seen = ", ".join(type(p).__name__ for p in parts)
+        raise DataError(
+            f"local returned ({seen}); wanted (params, num_examples, metrics): arrays by name, a "
+            "whole number, and numbers by name"
+        )
+    params, num_examples, metrics = parts
+    return dict(params), int(num_examples), dict(metrics)
 
 
 def _fitting(found: Params, wanted: Params) -> Params:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ _TRAFFIC = ("bytes_up", "bytes_down", "seconds")
 COLUMNS = ("round", "client_id", *_TRAINING, *_SCORES, *_TRAFFIC)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """A finished run.
 
@@ -39,10 +39,14 @@ class Run:
     """
 
     bundle: Bundle
-    params: Params = field(repr=False)
-    personal: dict[ClientId, Params] = field(repr=False)
-    events: tuple[Event, ...] = field(repr=False)
-    clients: Sequence[ClientData] = field(repr=False)
+    params: Params
+    personal: dict[ClientId, Params]
+    events: tuple[Event, ...]
+    clients: Sequence[ClientData]
+
+    def __repr__(self) -> str:
+        done = sum(isinstance(e, rounds.RoundCommitted) for e in self.events)
+        return f"Run({self.bundle!r}, {done} rounds, {len(self.clients)} clients)"
 
     @property
     def table(self) -> pd.DataFrame:
@@ -50,7 +54,9 @@ class Run:
 
         Columns: round, client_id, num_examples, train_loss, test_examples, loss, accuracy (or
         rmse), auc where there are two classes, bytes_up, bytes_down, seconds. A value is NaN where
-        the client was not asked, or its reply did not count.
+        the client was not asked, or its reply did not count. A client of which no reply counted in
+        a round, trained or scored, has no line there: the events' ``dropped`` say why, and
+        :attr:`metrics` how many.
         """
         import pandas as pd
 

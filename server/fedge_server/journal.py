@@ -20,6 +20,8 @@ class StoreJournal:
         on_model: Called after a new model stands.
     """
 
+    durable = True
+
     def __init__(self, store: Store, blobs: Blobs, on_model: Callable[[], None]) -> None:
         self._store, self._blobs, self._on_model = store, blobs, on_model
         self._seen: dict[str, list[dict[str, Any]]] = {}

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -65,7 +66,10 @@ def test_replace_swaps_epochs_and_steps_and_checks_again() -> None:
         ({"rounds": 0}, "rounds is 0"),
         ({"min_clients": 0}, "min_clients is 0"),
         ({"deadline_s": 0.0}, "deadline_s"),
-        ({"min_clients": 5, "cohort_size": 4}, "cohort_size is 4; it must be at least 5"),
+        (
+            {"min_clients": 5, "cohort_size": 4},
+            "cohort_size is 4; it must be at least min_clients, which is 5",
+        ),
     ],
 )
 def test_run_settings_out_of_range_are_refused(values: dict[str, Any], said: str) -> None:
@@ -236,3 +240,23 @@ def test_a_round_has_its_own_learning_rate() -> None:
     assert [config.for_round(r).lr for r in (1, 2, 3, 5)] == [0.8, 0.8, 0.4, 0.2]
     assert config.for_round(3).for_round(3).lr == 0.4
     assert TrainConfig(round_schedule=Schedule("linear", length=2)).for_round(9).lr > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"lr": "0.1"}, r"lr = '0.1' is str; wanted float"),
+        ({"epochs": 1.5}, r"epochs = 1.5 is float; wanted int"),
+        ({"batch_size": 16.0}, r"batch_size = 16.0 is float; wanted int"),
+        ({"lr": None}, r"lr = None is NoneType; wanted float"),
+        ({"shuffle": 1}, r"shuffle = 1 is int; wanted bool"),
+    ],
+)
+def test_settings_of_a_wrong_type_are_refused_by_name(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        TrainConfig(**settings)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    config = TrainConfig(lr=np.float32(0.5), batch_size=np.int64(8))  # type: ignore[arg-type]
+    assert (type(config.lr), type(config.batch_size)) == (float, int)

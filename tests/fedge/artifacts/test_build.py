@@ -356,3 +356,37 @@ def test_out_must_be_free(lr: onnx.ModelProto, tmp_path: Path) -> None:
     (tmp_path / "notes").touch()
     with pytest.raises(ConfigError, match="not empty"):
         build(lr, loss="cross_entropy", out=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"optimizer": torch.optim.SGD(_lr().parameters(), lr=0.1)}, r"\(SGD\); give 'sgd'"),
+        ({"optimizer": {"momentum": "high"}}, r"momentum is 'high' \(str\); wanted a number"),
+        ({"sample": "hello"}, "sample holds a str; wanted arrays of numbers"),
+        ({"out": "/dev/null/foo"}, "cannot write a bundle to /dev/null/foo"),
+        ({"out": 3}, r"out is 3 \(int\); wanted text"),
+        ({"name": 3}, r"name is 3 \(int\); wanted text"),
+        ({"train": 5}, r"train is 5 \(int\); give TrainConfig"),
+        ({"train": {"lr": "0.1"}}, "lr = '0.1' is str; wanted float"),
+        ({"trainable": 5}, "trainable is 5; wanted a pattern"),
+        ({"preprocessing": 7}, "preprocessing is a int; give Standardize"),
+        ({"recompute": None}, "recompute is None"),
+        ({"signing_key": "key"}, "a str is no Ed25519 private key"),
+    ],
+)
+def test_an_option_of_a_wrong_kind_is_named(options: dict[str, Any], said: str) -> None:
+    given = {"sample": torch.zeros(2, 13), "loss": "bce_with_logits", **options}
+    with pytest.raises(ConfigError, match=said):
+        build(_lr(), **given)
+
+
+def test_train_settings_may_be_a_table() -> None:
+    made = build(_lr(), sample=torch.zeros(2, 13), loss="bce_with_logits", train={"lr": 0.25})
+    assert made.manifest.train == fedge.TrainConfig(lr=0.25)
+
+
+@pytest.mark.parametrize("data", [b"", b"xx"])
+def test_bytes_that_are_no_model_are_called_that(data: bytes) -> None:
+    with pytest.raises(ArtifactError, match=rf"{len(data)} bytes: not an ONNX model"):
+        build(data, loss="mse")

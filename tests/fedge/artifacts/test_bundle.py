@@ -53,6 +53,9 @@ def _flip(path: Path, at: int) -> None:
 
 def test_an_untouched_bundle_opens_with_its_signer(folder: Path) -> None:
     bundle = Bundle.open(folder)
+    assert repr(bundle).startswith(f"Bundle({str(folder)!r}, ")
+    assert bundle.digest[:12] in repr(bundle)
+    assert len(repr(bundle)) < len(str(folder)) + 100
     again = Bundle.open(folder, bundle.manifest.signer)
     assert again.digest == bundle.digest
     assert list(again.initial_params()) == ["W", "b"]
@@ -243,7 +246,7 @@ def test_a_failed_write_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(os, "fsync", full_disk)
     place = folder.parent / "place"
     place.mkdir()
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(ConfigError, match="cannot write a bundle to .*No space"):
         Bundle.write(bundle.manifest, files, generate_signing_key(), place / "bundle")
     assert list(place.iterdir()) == []
 

@@ -190,7 +190,7 @@ def test_statistics_are_the_module_s_own_not_what_tracing_makes_of_them() -> Non
 
 def test_sizes_that_may_vary_have_names() -> None:
     module = nn.Conv1d(1, 2, 3, padding=1)
-    options = ExportOptions(dynamic={"x": {2: "T"}})
+    options = ExportOptions("torchscript", {"x": {2: "T"}})
     (info,) = export_module(module, np.zeros((1, 1, 8)), options).model.graph.input
     dims = [d.dim_param or d.dim_value for d in info.type.tensor_type.shape.dim]
     assert dims == ["N", 1, "T"]
@@ -214,3 +214,21 @@ def test_without_torch_the_advice_is_onnx(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(ConfigError, match=r"fedge\[torch\].*without it, give an ONNX model"):
         export_module(object(), None)
+
+
+def test_a_parameter_forward_does_not_use_may_be_frozen_instead_of_removed() -> None:
+    class Spare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.spare = nn.Linear(3, 2), nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x)  # type: ignore[no-any-return]
+
+    module = Spare()
+    with pytest.raises(ArtifactError, match=r"requires_grad_\(False\)") as caught:
+        export_module(module, torch.zeros(2, 3))
+    assert str(caught.value).count("forward does not use it, or") == 1
+    module.spare.requires_grad_(False)
+    exported = export_module(module, torch.zeros(2, 3))
+    assert set(exported.params) == set(exported.trainable) == {"used.weight", "used.bias"}

@@ -117,3 +117,16 @@ def test_rows_and_labels_must_match() -> None:
         by_site(np.zeros((4, 1)), np.zeros(4), np.array(["a", "b", "c"]))
     with pytest.raises(DataError, match="b has 1 rows"):
         by_site(np.zeros((4, 1)), np.zeros(4), np.array(["a", "a", "a", "b"]))
+
+
+@pytest.mark.parametrize("clients", [2.5, "3", None])
+def test_a_number_of_clients_that_is_not_whole_is_refused(clients: Any) -> None:
+    with pytest.raises(ConfigError, match="wanted a whole number"):
+        partition(np.zeros((40, 2)), np.zeros(40, int), clients=clients)
+
+
+def test_dirichlet_needs_classes() -> None:
+    with pytest.raises(DataError, match="not whole numbers"):
+        partition(np.zeros((40, 2)), np.linspace(0, 1, 40), clients=3)
+    whole = partition(np.zeros((40, 2)), np.arange(40) % 2 * 1.0, clients=3, alpha=10)
+    assert sum(len(c.train) for c in whole) > 0

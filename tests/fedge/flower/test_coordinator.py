@@ -183,7 +183,7 @@ BAD = {
     "no loss": (lambda p: (p, 5, {}), "lacks a finite train_loss"),
     "NaN loss": (lambda p: (p, 5, {"train_loss": float("nan")}), "lacks a finite train_loss"),
     "wrong shape": (lambda p: ({**p, "bias": np.zeros(7, "f4")}, 5, {"train_loss": 1.0}), ""),
-    "not a tuple": (lambda p: None, "TypeError"),
+    "not a tuple": (lambda p: None, "wanted (params, num_examples, metrics)"),
     "text": (lambda p: ({**p, "bias": np.array(["x"] * 3)}, 5, {"train_loss": 1.0}), ""),
 }
 
@@ -526,8 +526,13 @@ def test_a_strategy_without_adapter_runs_with_a_warning(caplog: pytest.LogCaptur
     class Own(FedAvg):
         pass
 
+    class Durable(MemoryJournal):
+        durable = True
+
     with caplog.at_level("WARNING", "fedge.rounds"):
-        params, _ = run(strategy=Own())
+        run(strategy=Own())
+        assert "not resumable" not in caplog.text  # with the process its run is lost anyway
+        params, _ = run(strategy=Own(), journal=Durable())
     assert same(params, by_hand(3))
     assert "Own is not resumable: its state is lost on a crash" in caplog.text
 
@@ -560,3 +565,25 @@ def rounds_group() -> Any:
     from fedge.flower.grid import Group
 
     return Group("run", 1, "train")
+
+
+class NoParams(flower.FedAvg):
+    """A strategy of a user's own that forgets to return anything."""
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Any:
+        super().aggregate_train(server_round, list(replies))
+        return None, None
+
+
+def test_a_strategy_that_returns_no_params_is_named() -> None:
+    with pytest.raises(EngineError, match="aggregate_train of NoParams returned no params, though"):
+        run(strategy=NoParams(min_train_nodes=2, min_available_nodes=2), max_attempts=2)
+
+
+def test_a_failure_names_three_clients_and_counts_the_others() -> None:
+    def fail(*_: Any) -> tuple[Params, int, Metrics]:
+        raise RuntimeError("no")
+
+    grid = local_grid(clients=logistic_clients(5), work=fail)
+    with pytest.raises(EngineError, match=r"site-2: RuntimeError: no; and 2 more\)"):
+        run(grid, max_attempts=1)

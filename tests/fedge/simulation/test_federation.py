@@ -20,6 +20,7 @@ from fedge.engines import available_engines, find_training_python, open_engine
 from fedge.errors import ConfigError, DataError, EngineError
 from fedge.params import relative_distance
 from fedge.simulation import Run
+from fedge.simulation.grid import _three
 from fedge.types import ClientData, ClientId, Metrics, Params
 
 HOSPITALS = breast_cancer_hospitals(seed=0)
@@ -364,3 +365,17 @@ def test_cohorts_leave_gaps_in_the_table(bundle: fedge.Bundle) -> None:
     assert table["train_loss"].notna().sum() == 8
     assert table["accuracy"].notna().sum() == 8
     assert table["train_loss"].isna().any() or len(table) == 8
+
+
+@pytest.mark.parametrize("returned", [None, {}, ({}, 3), ({}, 2.5, {}), ([], 3, {})])
+def test_a_local_function_that_returns_something_else_is_told_what_is_wanted(
+    returned: Any,
+) -> None:
+    with pytest.raises(DataError, match=r"wanted \(params, num_examples, metrics\)"):
+        _three(returned)
+
+
+def test_what_a_notebook_shows_of_them_is_short(bundle: fedge.Bundle, run: Run) -> None:
+    federation = fedge.Federation(bundle, HOSPITALS, engine="ort")
+    assert repr(federation) == f"Federation({bundle!r}, 4 clients, FedAvg)"
+    assert repr(run) == f"Run({bundle!r}, 3 rounds, 4 clients)"
