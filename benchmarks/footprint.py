@@ -112,7 +112,7 @@ class Processes:
 
 def main() -> None:
     """Measure the three rows and print them."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.partition("\n")[0])
     parser.add_argument("--engine", choices=("ort", "ort-training"), default="ort")
     engine = parser.parse_args().engine
     with tempfile.TemporaryDirectory(prefix="fedge-footprint-") as folder, world(Path(folder)) as p:

@@ -253,7 +253,9 @@ def _prevalence(client: ClientData) -> tuple[Array, Array]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all parts; exit code 1 if a row or the link is off by more than its tolerance."""
-    parser = argparse.ArgumentParser(description="Fed-Heart-Disease, FLamby's protocol")
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description="Fed-Heart-Disease, FLamby's protocol"
+    )
     parser.add_argument("--short", action="store_true", help="one seed and one split")
     parser.add_argument("--engine", choices=("ort", "ort-training"), help="only this engine")
     args = parser.parse_args(argv)

@@ -48,7 +48,7 @@ def models() -> Iterator[tuple[str, nn.Module, tuple[int, ...]]]:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("providers", nargs="*", help="short names; those that are found if none")
     parser.add_argument("--python", default=sys.executable, help="interpreter to probe in")
     args = parser.parse_args()

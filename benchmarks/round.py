@@ -224,7 +224,7 @@ def peer(folder: Path, rounds: int) -> list[float]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--peer-rounds", type=int, default=5)
     parser.add_argument("--skip-peer", action="store_true", help="only our side")

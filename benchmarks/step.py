@@ -169,7 +169,9 @@ def show_zoo(models: list[str], slices: int, threads: int) -> int:
 
 def main() -> int:
     """Print a table, then one JSON object per row."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--slices", type=int, default=15, help="timed turns of each side")
     parser.add_argument("--zoo", action="store_true", help="every model of the zoo, with memory")
     parser.add_argument("--threads", type=int, default=1, help="with --zoo: of both sides")

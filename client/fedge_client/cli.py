@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(
         prog="fedge-client",
+        allow_abbrev=False,
         description="Take part in a federation: train on this device, send only what is declared.",
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -59,6 +60,7 @@ def _parser() -> Parser:
             help=help_text,
             description=help_text[0].upper() + help_text[1:] + ".",
             epilog=f"example:\n  {example}\n\n{EXIT_CODES}",
+            allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_argument(

@@ -80,6 +80,7 @@ class App:
         state.store.disconnect_all()
         max_norm = (plan.run if plan else self._settings.run).max_norm
         inbox = Inbox(state.store, state.blobs, state.registry, max_norm)
+        inbox.forget_orphans()
         grid = LinkGrid(state.store, state.blobs)
         link = Link(state.fleet, state.store, state.registry, inbox, grid.on_answer)
         grid.notify = link.wake
@@ -141,11 +142,22 @@ class App:
             federation_id=state.fleet.federation_id,
             bundle=state.registry.newest(),
         )
+        self._announce_model()
         if plan is None:
             text = "no run is due: serving the newest model; --again trains on"
             self._reporter.say("idle", text)
         else:
             self._announce_run(plan)
+
+    def _announce_model(self) -> None:
+        registry = self._state.registry
+        digest = registry.newest()
+        if digest is None:
+            return
+        manifest = registry.manifest(digest)
+        columns = ", ".join(f"{s.name} {list(s.shape[1:])}" for s in manifest.raw_inputs)
+        text = f"model {manifest.name} ({columns}; loss {manifest.loss}), bundle {digest[:12]}"
+        self._reporter.say("model", text, name=manifest.name, loss=manifest.loss, bundle=digest)
 
     def _announce_run(self, plan: RunPlan) -> None:
         events = self._state.store.events(plan.run_id)

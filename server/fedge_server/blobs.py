@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 from fedge.errors import StateError
@@ -80,6 +81,12 @@ class Blobs:
         check_task_id(task_id)
         check_digest("update", digest)
         return self._updates / f"{task_id}.{digest}"
+
+    def updates(self) -> Iterator[tuple[str, str]]:
+        """Task and digest of every update that lies here."""
+        for path in list(self._updates.iterdir()):
+            task_id, _, digest = path.name.partition(".")
+            yield task_id, digest
 
     def remove_update(self, task_id: str, digest: str) -> None:
         """Forget an update that was refused or reduced."""

@@ -44,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     """All commands."""
     top = argparse.ArgumentParser(
         prog="fedge-server",
+        allow_abbrev=False,
         description="Train a model on devices that keep their data.",
         epilog="example: fedge-server start model.onnx --loss cross_entropy --lr 0.1",
     )
@@ -63,6 +64,7 @@ def command(subparsers: Any, name: str, summary: str, example: str) -> argparse.
         description=summary[0].upper() + summary[1:] + ".",
         epilog=f"example: fedge-server {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     made.add_argument(
         "--state", type=Path, metavar="DIR", help="state folder (FEDGE_STATE; ./fedge-server-state)"

@@ -33,7 +33,7 @@ def add_parser(subparsers: Any) -> None:  # noqa: ANN401 - argparse's private ty
 
 
 def _token_parser(subparsers: Any) -> None:  # noqa: ANN401
-    token = subparsers.add_parser("token", help="make and list join tokens")
+    token = subparsers.add_parser("token", help="make and list join tokens", allow_abbrev=False)
     actions = token.add_subparsers(dest="action", metavar="ACTION", required=True)
     create = cli.command(
         actions, "create", "make a join token", "token create --uses 4 --ttl 24h --tag clinics"
@@ -54,7 +54,7 @@ def _token_parser(subparsers: Any) -> None:  # noqa: ANN401
 
 
 def _nodes_parser(subparsers: Any) -> None:  # noqa: ANN401
-    nodes = subparsers.add_parser("nodes", help="list and revoke devices")
+    nodes = subparsers.add_parser("nodes", help="list and revoke devices", allow_abbrev=False)
     actions = nodes.add_subparsers(dest="action", metavar="ACTION", required=True)
     ls = cli.command(actions, "ls", "list admitted devices", "nodes ls --json")
     ls.add_argument("--json", action="store_true", help="print a JSON list")

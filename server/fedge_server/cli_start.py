@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import time
 from pathlib import Path
 from typing import Any
 
 from fedge.artifacts.bundle import MANIFEST, Bundle
-from fedge.errors import ConfigError
+from fedge.errors import ConfigError, LinkError
 from fedge.losses import NAMES as LOSSES
 from fedge.platform import exclusive, private_dir, silence_telemetry
 from fedge_server import cli, config, example
@@ -38,14 +39,28 @@ def add_parser(subparsers: Any) -> None:  # noqa: ANN401 - argparse's private ty
     )
     model_options(parser)
     add = parser.add_argument
-    add("--host", dest="server.host", help="address to listen on (0.0.0.0)")
-    add("--port", dest="server.port", type=int, help=f"TCP port ({config.PORT}); 0: a free one")
+    add("--host", dest="server.host", metavar="HOST", help="address to listen on (0.0.0.0)")
+    add(
+        "--port",
+        dest="server.port",
+        metavar="PORT",
+        type=int,
+        help=f"TCP port ({config.PORT}); 0: a free one",
+    )
     add("--advertise", dest="server.advertise", metavar="HOST", help="name devices shall use")
-    add("--rounds", dest="run.rounds", type=int, help="rounds to train (10)")
-    add("--min-clients", dest="run.min_clients", type=int, help="quorum of a round (2)")
-    add("--cohort-size", dest="run.cohort_size", type=int, help="clients drawn per round (all)")
+    add("--rounds", dest="run.rounds", metavar="N", type=int, help="rounds to train (10)")
+    add(
+        "--min-clients", dest="run.min_clients", metavar="N", type=int, help="quorum of a round (2)"
+    )
+    add(
+        "--cohort-size",
+        dest="run.cohort_size",
+        metavar="N",
+        type=int,
+        help="clients drawn per round (all)",
+    )
     add("--deadline", dest="run.deadline_s", type=float, metavar="S", help="of a round (600 s)")
-    add("--seed", dest="run.seed", type=int, help="fixes cohorts and row order (0)")
+    add("--seed", dest="run.seed", metavar="N", type=int, help="fixes cohorts and row order (0)")
     add(
         "--no-evaluate",
         dest="run.evaluate",
@@ -71,18 +86,24 @@ def model_options(parser: argparse.ArgumentParser) -> None:
         help="model.onnx or a bundle folder; example if none",
     )
     add("--config", type=Path, metavar="TOML", help="settings file, federation.toml")
-    add("--loss", dest="model.loss", help=", ".join(LOSSES))
+    add("--loss", dest="model.loss", metavar="NAME", help=", ".join(LOSSES))
     add(
         "--optimizer",
         dest="model.optimizer",
+        metavar="NAME",
         help="of the clients: " + ", ".join(config.OPTIMIZERS),
     )
-    add("--lr", dest="train.lr", type=float, help="learning rate of the clients")
-    add("--batch-size", dest="train.batch_size", type=int, help="rows per step (32)")
+    add("--lr", dest="train.lr", metavar="X", type=float, help="learning rate of the clients")
+    add("--batch-size", dest="train.batch_size", metavar="N", type=int, help="rows per step (32)")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--epochs", dest="train.epochs", type=int, help="passes per round (1)")
-    length.add_argument("--steps", dest="train.steps", type=int, help="steps per round")
-    add("--scaling", dest="model.scaling", help="of inputs: " + ", ".join(config.SCALINGS))
+    for name, what in (("epochs", "passes per round (1)"), ("steps", "steps per round")):
+        length.add_argument(f"--{name}", dest=f"train.{name}", metavar="N", type=int, help=what)
+    add(
+        "--scaling",
+        dest="model.scaling",
+        metavar="NAME",
+        help="of inputs: " + ", ".join(config.SCALINGS),
+    )
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
@@ -99,14 +120,42 @@ def run(args: argparse.Namespace) -> int:
         return 0
     settings = settings_of(args)
     path = states.folder(args.state)
+    fresh = not states.exists(path)
+    if fresh:  # before anything is written
+        _require_free(settings.server.host, settings.server.port)
     private_dir(path)
     with exclusive(path / states.LOCK, f"fedge-server on {path}"):
-        fresh = not states.exists(path)
         states.create(path, [settings.server.advertise] if settings.server.advertise else [])
         with states.opened(path) as state:
+            _require_free(*_listen_address(state, settings))
             ensure_bundle(state, settings)
             _serve(state, settings, args, token=fresh or not state.store.nodes())
     return 0
+
+
+def _listen_address(state: ServerState, settings: Settings) -> tuple[str, int]:
+    from fedge_server.app import bind_address
+
+    host, _, port = bind_address(state, settings).rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def _require_free(host: str, port: int) -> None:
+    """Fail before the work of a start, not after it, where the address cannot be had.
+
+    Raises:
+        LinkError: If it is taken, or none of this machine's.
+    """
+    if not port:
+        return
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as exc:
+        raise LinkError(
+            f"cannot listen on {host} port {port}: {exc.strerror or exc}; is another server "
+            "running there? use --port, or --port 0 for a free one"
+        ) from exc
 
 
 def ensure_bundle(state: ServerState, settings: Settings) -> Bundle:

@@ -41,6 +41,7 @@ def add_parser(subparsers: Any) -> None:  # noqa: ANN401 - argparse's private ty
         description=__doc__,
         epilog="example: fedge-server demo --out ./fedge-demo",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--out", type=Path, default=Path("fedge-demo"), help="result folder")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")

@@ -167,7 +167,10 @@ class Fleet:
             status="active",
             created_s=now_s,
         )
-        if not self._store.add_node(node, now_s):
+        outcome = self._store.add_node(node, now_s)
+        if outcome == "taken":  # by another call, since we looked
+            return self._join(token, request, key_hash, now_s)
+        if outcome == "spent":
             raise RefusedError("this token is spent; ask for a new one")
         return client_id
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fedge import tensors
+from fedge import rounds, tensors
 from fedge.errors import ArtifactError, LinkError, RefusedError, UpdateError
+from fedge.flower.grid import Group
 from fedge.update import Update, check_update
 from fedge.wire import serde
 from fedge.wire.v1 import link_pb2 as pb
@@ -22,6 +23,7 @@ from fedge_server.store import NodeRow, ResultRow, Store, TaskRow
 
 MAX_MEAN_SQUARE = 1e36  # of a column: mean and deviation stay within float32
 MAX_GATES = 2  # updates checked at a time: each is in memory once
+_LOCKS = 64
 
 
 class ForeignError(RefusedError):
@@ -46,6 +48,7 @@ class Inbox:
         self._store, self._blobs, self._registry = store, blobs, registry
         self._max_norm = max_norm
         self._gates = threading.BoundedSemaphore(MAX_GATES)
+        self._finishing = [threading.Lock() for _ in range(_LOCKS)]  # a task has one of them
 
     def hello(self, node: NodeRow, hello: pb.Hello, now_s: float) -> None:
         """Remember what a device says of itself."""
@@ -124,12 +127,36 @@ class Inbox:
         self, node: NodeRow, header: pb.UploadHeader, receiver: serde.Receiver
     ) -> pb.UploadReply:
         """Make an update durable, let it through the gate, record it once."""
-        task = self._task(node, header.task_id)
-        path = self._blobs.update_path(task.task_id, header.digest)
         try:
-            receiver.commit(path)
+            with self._finishing[hash(header.task_id) % len(self._finishing)]:
+                return self._finish(node, header, receiver)
         finally:
             receiver.discard()
+
+    def forget_orphans(self) -> None:
+        """Remove the updates no round waits for: what a crash left. At start, before the link."""
+        waiting = {self._waiting_group(run.run_id) for run in self._store.runs()}
+        for task_id, digest in self._blobs.updates():
+            task, result = self._store.task(task_id), self._store.result(task_id)
+            recorded = result is not None and result.digest == digest
+            if task is None or task.group_id not in waiting or not recorded:
+                self._blobs.remove_update(task_id, digest)
+
+    def _waiting_group(self, run_id: str) -> str:
+        """The group whose updates a run has not reduced yet."""
+        run = rounds.replay([rounds.from_json(e) for e in self._store.events(run_id)])
+        if run.phase is not rounds.Phase.TRAINING:
+            return ""
+        return str(Group(run_id, run.round_num, "train", run.attempt))
+
+    def _finish(
+        self, node: NodeRow, header: pb.UploadHeader, receiver: serde.Receiver
+    ) -> pb.UploadReply:
+        task = self._task(node, header.task_id)
+        if task.state != "open":  # answered, or its round closed, while this was arriving
+            return self._verdict(task)
+        path = self._blobs.update_path(task.task_id, header.digest)
+        receiver.commit(path)
         try:
             with self._gates:
                 update = self._gate(node, task, path)
@@ -149,9 +176,7 @@ class Inbox:
         )
         if self._store.add_result(row) == "accepted":
             return pb.UploadReply(verdict=pb.VERDICT_ACCEPTED)
-        recorded = self._store.result(task.task_id)
-        if recorded is None or recorded.digest != header.digest:
-            path.unlink(missing_ok=True)  # another update of this task was first
+        path.unlink(missing_ok=True)  # its round closed meanwhile
         return self._verdict(task)
 
     def _check_answer(self, task: TaskRow, result: pb.TaskResult) -> None:

@@ -278,22 +278,25 @@ class Store:
         """All admitted devices, by name."""
         return self._all(NodeRow, sa.select(_nodes).order_by(_nodes.c.client_id))
 
-    def add_node(self, node: NodeRow, now_s: float) -> bool:
+    def add_node(self, node: NodeRow, now_s: float) -> str:
         """Admit a device and spend one use of its token, in one transaction.
 
         Returns:
-            Whether the token had a use left; nothing is changed if not.
+            "admitted"; or, with nothing changed, "taken" if there is a node of that name, "spent"
+            if the token has no use left.
         """
         with self._writing() as db:
+            if db.scalar(sa.select(_nodes.c.mode).where(_nodes.c.client_id == node.client_id)):
+                return "taken"
             left = db.scalar(
                 sa.select(_tokens.c.uses_left).where(_tokens.c.token_id == node.token_id)
             )
             if not left:
-                return False
+                return "spent"
             spent = {"uses_left": left - 1, "spent_s": now_s if left == 1 else None}
             db.execute(_tokens.update().where(_tokens.c.token_id == node.token_id).values(spent))
             db.execute(_nodes.insert().values(_values(node)))
-            return True
+            return "admitted"
 
     def update_node(self, client_id: str, **changes: object) -> bool:
         """Change some columns of a node; whether it exists."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -44,7 +45,7 @@ def folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_every_command_there_is() -> None:
-    wanted = {"start", "init", "build", "export", "status", "demo"}
+    wanted = {"start", "init", "build", "export", "status", "demo", "estimate"}
     wanted |= {"token create", "token ls", "token rm", "nodes ls", "nodes revoke"}
     assert set(COMMANDS) == wanted
 
@@ -101,7 +102,7 @@ def test_token_carries_everything(folder: str, capsys: pytest.CaptureFixture[str
 def test_start_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "model.onnx").write_bytes(example.model())
     where = ("--state", str(tmp_path / "s"))
-    code, _, err = run(capsys, "start", str(tmp_path / "model.onnx"), *where)
+    code, _, err = run(capsys, "start", str(tmp_path / "model.onnx"), "--port", "0", *where)
     assert code == 2
     assert "--loss (one of bce_with_logits, cox, cross_entropy, " in err
     assert "--lr" in err
@@ -115,7 +116,7 @@ def test_start_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["nodes", "ls"], 10, "holds no federation"),
         (["export", "m.onnx"], 10, "holds no federation"),
         (["start", "--loss", "hinge"], 2, "choose one of bce_with_logits"),
-        (["start", "nothing.onnx", "--loss", "mse", "--lr", "1"], 2, "nothing.onnx does not exist"),
+        (["start", "no.onnx", "--loss=mse", "--lr=1", "--port=0"], 2, "no.onnx does not exist"),
         (["start", "--config", "nothing.toml"], 2, "cannot read settings"),
     ],
 )
@@ -176,6 +177,8 @@ def test_two_servers_cannot_share_a_state_folder(folder: str, tmp_path: Path) ->
     assert first.stdout is not None
     try:
         assert json.loads(first.stdout.readline())["event"] == "ready"
+        model = json.loads(first.stdout.readline())
+        assert (model["event"], model["name"], len(model["bundle"])) == ("model", "breast-cancer", 64)
         second = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert second.returncode == 10
         assert "already running" in second.stderr
@@ -183,3 +186,31 @@ def test_two_servers_cannot_share_a_state_folder(folder: str, tmp_path: Path) ->
         first.terminate()
         assert first.wait(20) == 0
         first.stdout.close()
+
+
+def test_a_taken_port_is_found_before_anything_is_made(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "state"
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        argv = ["start", "--host", "127.0.0.1", "--port", port, "--state", str(folder)]
+        assert cli.main(argv) == 6
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith(f"fedge-server: cannot listen on 127.0.0.1 port {port}: ")
+    assert err.count("\n") == 1
+    assert not folder.exists()
+
+
+def test_flags_are_not_guessed_from_their_beginnings(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["start", "--min", "3"])
+    assert "unrecognized arguments: --min" in capsys.readouterr().err
+
+
+def test_help_names_values_plainly(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("start", "build"):
+        with pytest.raises(SystemExit):
+            cli.main([name, "--help"])
+        assert not re.search(r"[A-Z]+\.[A-Z]", capsys.readouterr().out)

@@ -345,3 +345,22 @@ def test_server_of_another_federation_is_refused_by_the_device(device: Any, tmp_
     one = device()
     one.ca_pem = pki.create(tmp_path / "other", []).ca_pem
     assert session_code(one.link()) == HANDSHAKE
+
+
+def test_two_devices_asking_for_one_name_at_the_same_moment(
+    device: Any, served: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both find the name free; the store lets one in and the other hears why not."""
+    device("clinic-1")
+    find, seen = served.state.store.node, []
+
+    def not_yet(client_id: str) -> Any:
+        seen.append(client_id)
+        return None if len(seen) == 1 else find(client_id)
+
+    token = served.token(uses=2)
+    monkeypatch.setattr(served.state.store, "node", not_yet)
+    with pytest.raises(grpc.RpcError) as failure:
+        device("clinic-1", join=False).join(token)
+    assert failure.value.code() is grpc.StatusCode.ALREADY_EXISTS
+    assert "belongs to another device" in failure.value.details()

@@ -5,16 +5,21 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 
+from fedge import rounds
 from fedge.artifacts.bundle import parse_signed
+from fedge.config import RunConfig
 from fedge.update import Update
 from fedge.wire import serde
 from fedge.wire.v1 import link_pb2 as pb
+from fedge_server.inbox import Inbox
+from fedge_server.store import RunRow
 
 
 def code_of(call: Callable[[], Any]) -> grpc.StatusCode:
@@ -304,3 +309,56 @@ def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.01)
+
+
+def test_a_start_removes_the_updates_that_no_round_waits_for(
+    served: Any, device: Any, task: Any
+) -> None:
+    state, one = served.state, device()
+    work = task("clinic-1")
+    data = one.update(work)
+    one.link().upload(*one.parts(work.task_id, data))
+    kept = state.blobs.update_path(work.task_id, hashlib.sha256(data).hexdigest())
+    orphan = state.blobs.update_path(work.task_id, "0" * 64)  # committed, never recorded
+    stranger = state.blobs.update_path("f" * 32, "1" * 64)
+    for path in (orphan, stranger):
+        path.write_bytes(b"update")
+    _start_round(state, work)
+    inbox = Inbox(state.store, state.blobs, state.registry, 1e6)
+    inbox.forget_orphans()
+    assert [p.exists() for p in (kept, orphan, stranger)] == [True, False, False]
+    state.store.append_event(
+        "run-1", rounds.to_json(rounds.RoundRetried(work.round_num, 1, 1, 2)), None
+    )
+    inbox.forget_orphans()
+    assert not kept.exists()
+
+
+def _start_round(state: Any, work: Any) -> None:
+    """A run's journal up to the round of a task."""
+    config = RunConfig(rounds=3, min_clients=1)
+    state.store.add_run(RunRow("run-1", "running", "{}", 0.0))
+    for event in (
+        rounds.RunStarted("run-1", "3" * 64, "FedAvg", asdict(config), "2" * 64),
+        rounds.RoundStarted(work.round_num, 1, ("clinic-1",)),
+    ):
+        state.store.append_event("run-1", rounds.to_json(event), None)
+
+
+def test_an_update_that_was_under_way_twice_is_kept_once(
+    served: Any, device: Any, task: Any
+) -> None:
+    """The second upload begins while its task is open and ends after its round was reduced."""
+    state, one = served.state, device()
+    work = task("clinic-1")
+    data = one.update(work)
+    inbox = Inbox(state.store, state.blobs, state.registry, 1e6)
+    header, node = one.header(work.task_id, data), state.store.node("clinic-1")
+    receivers = [inbox.begin(node, header) for _ in range(2)]
+    for receiver in receivers:
+        receiver.add(pb.Chunk(offset=0, total_bytes=len(data), data=data))
+    assert inbox.finish(node, header, receivers[0]).verdict == pb.VERDICT_ACCEPTED
+    served.grid.cancel([work.task_id])
+    assert inbox.finish(node, header, receivers[1]).verdict == pb.VERDICT_DUPLICATE
+    assert not list((state.path / "blobs" / "updates").iterdir())
+    assert not list((state.path / "blobs" / "tmp").iterdir())

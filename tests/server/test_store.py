@@ -60,7 +60,7 @@ def test_foreign_and_newer_files_are_refused(tmp_path: Path) -> None:
 
 def test_a_token_admits_as_many_as_it_has_uses(store: Store) -> None:
     store.add_token(token(uses=3))
-    admitted: list[bool] = []
+    admitted: list[str] = []
 
     def join(i: int) -> None:
         admitted.append(store.add_node(node(f"n{i}"), 5.0))
@@ -70,7 +70,8 @@ def test_a_token_admits_as_many_as_it_has_uses(store: Store) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(admitted) == [False] * 5 + [True] * 3
+    assert sorted(admitted) == ["admitted"] * 3 + ["spent"] * 5
+    assert store.add_node(store.nodes()[0], 5.0) == "taken"
     assert len(store.nodes()) == 3
     (left,) = store.tokens()
     assert (left.uses_left, left.spent_s) == (0, 5.0)
