@@ -87,7 +87,13 @@ def products(op: Ops, d: Direction) -> tuple[Value, Value]:
 def preactivation(op: Ops, d: Direction) -> Value:
     """The gates before activation, [TN, GH]."""
     bias = [op.Add(*d.bias)] if d.bias is not None else []
-    return op.Gemm(d.before, d.r, op.Gemm(d.x, d.w, *bias, transB=1), transB=1)
+    both = op.Concat(d.w, d.r, axis=1)
+    return op.Gemm(seen(op, d), both, *bias, transB=1)
+
+
+def seen(op: Ops, d: Direction) -> Value:
+    """What W and R multiply, [TN, features + H]: one product instead of two."""
+    return op.Concat(d.x, d.before, axis=1)
 
 
 def back(op: Ops, by_gates: Value, r: Value, dy: Value | None = None) -> Value:

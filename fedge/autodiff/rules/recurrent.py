@@ -25,6 +25,7 @@ from fedge.autodiff.rules.direction import (
     Found,
     activations,
     delayed,
+    seen,
     steps_of,
 )
 from fedge.errors import UnsupportedOperatorError
@@ -129,14 +130,24 @@ def _by_inputs(op: Ops, d: Direction, found: Found, backwards: bool) -> list[Val
     """By X, and for this direction by W, R, B, initial_h and initial_c."""
     dx = op.MatMul(found.by_w, d.w)
     dx = op.reshape(dx, (d.steps, -1, int(shape_of(d.node.inputs[0])[2])))
-    dr = found.dr or op.Gemm(found.by_r, d.before, transA=1)
     db = None
     if d.bias is not None:
         bw = op.sum(found.by_w, [0])
         same = found.by_w is found.by_r
         db = op.Concat(bw, bw if same else op.sum(found.by_r, [0]), axis=0)
-    dw = op.Gemm(found.by_w, d.x, transA=1)
+    dw, dr = _weights(op, d, found)
     return [_flip(op, dx) if backwards else dx, dw, dr, db, found.h0, found.c0]
+
+
+def _weights(op: Ops, d: Direction, found: Found) -> tuple[Value, Value]:
+    """By W and R."""
+    if found.by_w is found.by_r and found.dr is None:
+        both = op.Gemm(found.by_w, seen(op, d), transA=1)
+        features = int(shape_of(d.node.inputs[1])[2])
+        dw, dr = op.Split(both, op.ints([features, d.units]), axis=1, outputs=2)
+        return dw, dr
+    dr = found.dr or op.Gemm(found.by_r, d.before, transA=1)
+    return op.Gemm(found.by_w, d.x, transA=1), dr
 
 
 def _flip(op: Ops, x: Value) -> Value:
