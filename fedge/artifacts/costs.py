@@ -116,16 +116,19 @@ def _homes(steps: Sequence[Step], size: Mapping[str, int]) -> dict[str, str]:
     for step in steps:
         for name in step.inputs:
             reads[name] = reads.get(name, 0) + 1
-    home = dict[str, str]()
+    home, alone = dict[str, str](), set[str]()  # alone: nobody else reads this memory
     for step in steps:
+        view = step.op_type in _VIEWS
         for name, nbytes in step.outputs:
             home[name] = name
-            for given in step.inputs[:1] if step.op_type in _VIEWS else step.inputs:
+            source = None
+            for given in step.inputs[:1] if view else step.inputs:
                 fits = given in home and size[given] == nbytes and name == step.outputs[0][0]
-                view = step.op_type in _VIEWS
-                if fits and (view or (step.op_type in _IN_PLACE and reads[given] == 1)):
-                    home[name] = home[given]
+                if fits and (view or (step.op_type in _IN_PLACE and given in alone)):
+                    home[name], source = home[given], given
                     break
+            if reads.get(name, 0) == 1 and (source is None or source in alone):
+                alone.add(name)
     return home
 
 

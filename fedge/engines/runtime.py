@@ -25,6 +25,7 @@ def session_options(threads: int) -> Any:  # noqa: ANN401 - onnxruntime has no t
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = ERRORS_ONLY
+    options.enable_mem_reuse = False  # a buffer that waits for its next use is memory held
     options.enable_mem_pattern = False  # the arena would hold every activation twice
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
