@@ -1,0 +1,89 @@
+"""A few hundred hostile bundles through real workers; ``make soak`` takes thousands."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+import onnx
+import pytest
+import torch
+from arena import REFUSED, Arena
+from hostile import MEMORY_BYTES, ROWS, bundle_of, run_row
+from mutations import HIDING, hidden_tensor
+from torch import nn
+
+import fedge
+from fedge.artifacts.bundle import Bundle
+from fedge.engines import find_training_python
+
+SOAK = bool(os.environ.get("FEDGE_SOAK"))
+SHORT = {
+    "mlp ort models": 150,
+    "mlp ort manifests": 60,
+    "mlp ort tensors": 40,
+    "mlp ort-training models": 60,
+    "mlp ort-training tensors": 30,
+}
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Bundle:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
+    return fedge.build(
+        model, loss="cross_entropy", sample=torch.zeros(1, 5), optimizer="adamw", name="small"
+    )
+
+
+@pytest.mark.parametrize("row", ROWS if SOAK else SHORT)
+def test_hostile_bundles_end_as_errors(row: str, bundle: Bundle) -> None:
+    model, engine, _ = row.split()
+    if engine == "ort-training" and find_training_python() is None:
+        pytest.skip("no interpreter with onnxruntime-training-cpu is installed")
+    chosen = bundle_of(model) if SOAK else bundle
+    report = run_row(row, chosen, ROWS[row] if SOAK else SHORT[row], seed=2)
+    assert report.broken == []
+    assert sum(report.verdicts.values()) == report.cases
+    assert len(report.verdicts) > 1, "the mutations are all alike"
+
+
+@pytest.fixture
+def arena(bundle: Bundle, tmp_path: Path) -> Iterator[Arena]:
+    made = Arena(bundle, "ort", tmp_path, MEMORY_BYTES)
+    yield made
+    made.close()
+
+
+def test_a_tensor_outside_the_bundle_is_refused_wherever_it_hides_and_whatever_it_is_called(
+    arena: Arena,
+) -> None:
+    good = arena.good.read("step.onnx")
+    for hide, where, honest in itertools.product(HIDING, arena.canary.locations, (True, False)):
+        model = onnx.ModelProto.FromString(good)
+        hide(model, hidden_tensor(where, honest), Random(where))
+        verdict, why = arena.file("step.onnx", model.SerializeToString())
+        assert verdict == REFUSED, (hide.__name__, where)
+        assert "model refused: it holds" in why
+        assert not arena.canary.touched()
+    assert arena.file("step.onnx", good) == ("ran", "")
+
+
+def test_the_canary_sings(arena: Arena, tmp_path: Path) -> None:
+    for name in ("soft.bin", "hard.bin"):
+        (tmp_path / "case" / name).read_bytes()
+        assert arena.canary.touched()
+        assert not arena.canary.touched()
+
+
+def test_a_worker_that_dies_or_hangs_is_replaced_and_counted(arena: Arena) -> None:
+    good = arena.good.read("step.onnx")
+    assert arena.file("step.onnx", good) == ("ran", "")
+    assert arena._worker is not None
+    arena._worker._process.kill()
+    verdict, why = arena.file("step.onnx", good)
+    assert (verdict, "killed by SIGKILL" in why) == ("died", True)
+    assert arena.file("step.onnx", good) == ("ran", "")
