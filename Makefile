@@ -55,6 +55,12 @@ test-providers: $(DEV) $(TORCHED)  ## OpenVINO's onnxruntime against the CPU (ha
 	@FEDGE_PROVIDER_PYTHON=$$(tools/provider_python.sh $(BIN)/python onnxruntime-openvino) \
 	  $(BIN)/python -m pytest -n 0 tests/fedge/engines/test_providers.py $(ARGS)
 
+.PHONY: soak
+soak: $(DEV) $(TORCHED) $(TRAINING)  ## Long forms: 25,000 hostile bundles, every model of the zoo (ARGS="--cases 2000")
+	@$(BIN)/python tests/soak/hostile.py $(ARGS)
+	@FEDGE_SOAK=1 $(BIN)/python -m pytest -q -n $(WORKERS) tests/zoo >&2
+	@echo '{"row": "zoo with both exporters", "passed": true}'
+
 check: lint types layers proto-check docker-check  ## Style, types, layers, generated code, Docker files
 
 lint: $(DEV)  ## ruff: rules and format

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -12,7 +11,7 @@ import onnx
 import pytest
 import torch
 from arena import REFUSED, Arena
-from hostile import MEMORY_BYTES, ROWS, bundle_of, run_row
+from hostile import MEMORY_BYTES, run_row
 from mutations import HIDING, hidden_tensor
 from torch import nn
 
@@ -20,7 +19,6 @@ import fedge
 from fedge.artifacts.bundle import Bundle
 from fedge.engines import find_training_python
 
-SOAK = bool(os.environ.get("FEDGE_SOAK"))
 SHORT = {
     "mlp ort models": 150,
     "mlp ort manifests": 60,
@@ -39,13 +37,12 @@ def bundle() -> Bundle:
     )
 
 
-@pytest.mark.parametrize("row", ROWS if SOAK else SHORT)
+@pytest.mark.parametrize("row", SHORT)
 def test_hostile_bundles_end_as_errors(row: str, bundle: Bundle) -> None:
-    model, engine, _ = row.split()
+    _, engine, _ = row.split()
     if engine == "ort-training" and find_training_python() is None:
         pytest.skip("no interpreter with onnxruntime-training-cpu is installed")
-    chosen = bundle_of(model) if SOAK else bundle
-    report = run_row(row, chosen, ROWS[row] if SOAK else SHORT[row], seed=2)
+    report = run_row(row, bundle, SHORT[row], seed=2)
     assert report.broken == []
     assert sum(report.verdicts.values()) == report.cases
     assert len(report.verdicts) > 1, "the mutations are all alike"
