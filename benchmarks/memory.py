@@ -21,7 +21,7 @@ QUIET = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX"
 os.environ.update(QUIET)
 
 import numpy as np  # noqa: E402
-from zoo import SMALL, ZOO  # noqa: E402
+from zoo import SMALL, ZOO, Model  # noqa: E402
 
 import fedge  # noqa: E402
 from fedge.artifacts.bundle import Bundle  # noqa: E402
@@ -33,7 +33,8 @@ from fedge.engines.files import reopen_bundle  # noqa: E402
 from fedge.pipe import Child, Frame, serve  # noqa: E402
 from fedge.types import Examples  # noqa: E402
 
-MODELS = {**SMALL, **ZOO}
+_DEEP = Model(("mlp", "mlp"), {"x": (128,)}, {"widths": (*[128] * 24, 10)})
+MODELS = {**SMALL, **ZOO, "deep": _DEEP}
 BATCHES = {"mlp-4.8k": 8, "mobilenetv2-96": 8, "mobilenetv3-96": 8, "gpt-1m": 8, "llama-1m": 8}
 STEPS = 3
 

@@ -188,6 +188,9 @@ def advice(manifest: Manifest, memory_bytes: int, batch_size: int | None = None)
     most = max(largest_batch(manifest, memory_bytes, Frugal(recompute=r)) for r in forms(manifest))
     if 0 < most < size:
         found.append(f"use batch size {most} or less")
+    if not most:
+        least = min(estimate(manifest, 1, Frugal(r)).peak_bytes for r in forms(manifest))
+        found.append(f"even batch size 1 takes about {math.ceil(least / MB)} MB")
     if RECOMPUTED[STEP] not in manifest.files:
         found.append('build the bundle with recompute="auto"')
     fixed = estimate(manifest, 1).parts

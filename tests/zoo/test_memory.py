@@ -50,11 +50,12 @@ def test_the_predicted_peak_is_within_a_fifth(built: Callable[[str], Bundle], na
 def test_recomputation_takes_less_memory_for_the_same_training(
     built: Callable[[str], Bundle],
 ) -> None:
-    bundle, again = built("gpt"), Frugal(recompute=True)
-    plain, lean = (memory.measured(bundle, "gpt", 1024, f)["peak"] for f in (AS_USUAL, again))
+    bundle, again, model = built("deep"), Frugal(recompute=True), memory.MODELS["deep"]
+    plain, lean = (memory.measured(bundle, "deep", 4096, f)["peak"] for f in (AS_USUAL, again))
     base = estimate(bundle.manifest, 1).peak_bytes
-    assert lean - base < 0.7 * (plain - base)
-    data = Examples(memory.MODELS["gpt"].inputs(16), memory.MODELS["gpt"].targets(16))
+    assert lean - base < 0.6 * (plain - base)
+    assert estimate(bundle.manifest, 4096, again).peak_bytes == pytest.approx(lean, rel=0.2)
+    data = Examples(model.inputs(16), model.targets(16))
     ways = (AS_USUAL, again, Frugal(pieces=4), Frugal(recompute=True, pieces=3))
     results = []
     for frugal in ways:
@@ -62,9 +63,7 @@ def test_recomputation_takes_less_memory_for_the_same_training(
         engine.train(data, fedge.TrainConfig(lr=1e-3, batch_size=8, epochs=1), 0)
         results.append(engine.get_params())
     for other in results[1:]:
-        errors = relative_distance(other, results[0])
-        errors = {n: e for n, e in errors.items() if not n.endswith("k.bias")}  # gradient 0
-        assert max(errors.values()) < 1e-4
+        assert max(relative_distance(other, results[0]).values()) < 1e-4
 
 
 @pytest.fixture
