@@ -133,6 +133,7 @@ def _tensor_regrouped(m: Model, r: Random) -> None:
         count = 1
         for dim in tensor.dims:
             count *= dim
+        count = min(abs(count), NUMBERS[-2])
         tensor.dims[:] = r.choice(([count], [count, 1], [1, count], [1, 1, count, 1]))
 
 
