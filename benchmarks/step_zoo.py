@@ -136,7 +136,7 @@ class TorchSide(_Side):
         self._model = model.build()
         kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[self.case.optimizer]
         self._optimizer = kind(self._model.parameters(), lr=0.001)
-        self._loss = {
+        self._loss: Any = {
             "cross_entropy": functional.cross_entropy,
             "bce_with_logits": functional.binary_cross_entropy_with_logits,
         }[model.loss]
@@ -163,10 +163,12 @@ class TorchSide(_Side):
         return total / done
 
     def rate(self) -> float:
-        """Of torch's own kernel, all threads."""
+        """Of torch's own kernel; with several threads it says more about the machine's load."""
+        if self.clock is not time.process_time:
+            return 0.0
         began = self.clock()
         for _ in range(4):
-            self._square @ self._square
+            self._square.matmul(self._square)
         return 4 * 2 * SIDE**3 / (self.clock() - began)
 
 
@@ -233,8 +235,8 @@ def _rows(
 ) -> list[dict[str, Any]]:
     (engine, case), peer = of, figures["torch"]
     ours = figures[engine]
-    floor = flops / peer["rate"]
     step = {"name": name, **_beside(ours["s"], peer["s"], "s"), "wanted": case.ratio}
+    floor = flops / peer["rate"] if peer["rate"] else 0.0
     step |= {"floor_share": floor / ours["s"], "peer_floor_share": floor / peer["s"]}
     memory = _beside(ours["peak_mb"], peer["peak_mb"], "MB")
     return [step, {"name": f"{name} memory", **memory, "wanted": 1 / case.memory}]
