@@ -33,7 +33,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-aarch64 test-pythons test-providers check lint format types layers proto proto-check docker-check docs-check bench notebooks clean
+.PHONY: help demo test test-aarch64 test-pythons test-providers check lint format types layers proto proto-check docker-check docs-check bench operators notebooks clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -102,6 +102,9 @@ bench: $(DEV) $(TORCHED) $(TRAINING)  ## List the benchmarks; run one with ARGS=
 	@if [ -n "$(ARGS)" ]; then $(BIN)/python benchmarks/$(ARGS).py; else \
 	  for f in benchmarks/*.py; do n=$$(basename "$$f" .py); \
 	    printf '  make bench ARGS=%-10s %s\n' "$$n" "$$(sed -n '1s/^"""//;1s/"""$$//;1p' "$$f")"; done; fi
+
+operators: $(DEV)  ## Measure docs/operators.md again (with onnx-ad, if .cache/onnx-ad has it)
+	$(BIN)/python -W ignore tools/operators.py --workers $(WORKERS)
 
 notebooks: $(DEV) $(TORCHED) $(TRAINING)  ## Execute every notebook in simulations/ and write its outputs back
 	@for f in simulations/*.ipynb; do echo "$$f"; \

@@ -14,11 +14,13 @@ import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, defs, helper, numpy_helper
 from onnx.backend.test.case.node import collect_testcases
 
-from fedge.autodiff.prepare import BASE_OPSET, OPSETS, RESERVED
+from fedge.autodiff.prepare import BASE_OPSET, MAX_IR_VERSION, OPSETS, RESERVED
 from fedge.types import Array
 
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
 _TYPE_ATTRIBUTES = {"to", "dtype", "output_dtype", "stash_type", "softmax_precision"}
+# Codes 0 to 255 of size 1/160 around 120 reach from −0.75 to 0.84375.
+_QUANTIZE = "s = Constant <value_float = 0.00625> () z = Constant <value = uint8 {120}> () "
 _Category = defs.OpSchema.DifferentiationCategory
 
 
@@ -34,6 +36,8 @@ class Case:
         by: Those to differentiate by.
         of: The outputs to differentiate.
         discrete: Why there is nothing to differentiate; empty if there is.
+        smooth: What the differences are taken of where the operator itself moves in steps, and its
+            gradient passes straight through.
     """
 
     name: str
@@ -43,6 +47,7 @@ class Case:
     by: tuple[str, ...]
     of: tuple[str, ...]
     discrete: str
+    smooth: ModelProto | None = None
 
 
 @cache
@@ -52,7 +57,36 @@ def node_cases() -> tuple[Case, ...]:
         warnings.simplefilter("ignore", RuntimeWarning)  # examples overflow on purpose
         found = collect_testcases(None)
     operators = {c.name: _operator(c.model.graph.node[0]) for c in found}
-    return tuple(_case(c, operators.get(_base(c.name), operators[c.name])) for c in found)
+    theirs = [_case(c, operators.get(_base(c.name), operators[c.name])) for c in found]
+    return (*theirs, *own_cases())
+
+
+def own_cases() -> Iterator[Case]:
+    """Examples of operators that ONNX has none of with floating-point numbers."""
+    x = np.random.default_rng(0).standard_normal((2, 3, 4, 5)).astype(np.float32)
+    bodies = {
+        "own_global_lp_pool": "y = GlobalLpPool (x)",
+        "own_global_lp_pool_3": "y = GlobalLpPool <p = 3> (x)",
+        "own_trilu": "y = Trilu (x)",
+        "own_trilu_lower": "k = Constant <value_int = 1> () y = Trilu <upper = 0> (x, k)",
+        "own_quantize": _QUANTIZE + "q = QuantizeLinear (x, s, z) y = DequantizeLinear (q, s, z)",
+    }
+    for name, body in bodies.items():
+        smooth = None
+        if "Quantize" in body:
+            smooth = _own(
+                _QUANTIZE + "l = Constant <value_float = -0.75> () "
+                "h = Constant <value_float = 0.84375> () y = Clip (x, l, h)"
+            )
+        operator = next(n.op_type for n in _own(body).graph.node if n.op_type != "Constant")
+        yield Case(name, operator, _own(body), {"x": x}, ("x",), ("y",), "", smooth)
+
+
+def _own(body: str) -> ModelProto:
+    return onnx.parser.parse_model(
+        f'<ir_version: 10, opset_import: ["" : 21]> '
+        f"own (float[2,3,4,5] x) => (float[a,b,c,d] y) {{{body}}}"
+    )
 
 
 def differentiable_operators() -> tuple[str, ...]:
@@ -101,6 +135,7 @@ def _differentiable(schema: defs.OpSchema) -> bool:
 
 def _case(found: Any, operator: str) -> Case:  # noqa: ANN401 - onnx's TestCase
     model = retyped(found.model, TensorProto.FLOAT)
+    model.ir_version = min(model.ir_version, MAX_IR_VERSION)
     _rename_reserved(model.graph)
     _set_opset(model)
     given = found.data_sets[0][0] if found.data_sets else []
