@@ -104,6 +104,12 @@ def model_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="of inputs: " + ", ".join(config.SCALINGS),
     )
+    add(
+        "--recompute",
+        dest="model.recompute",
+        choices=tuple(config.RECOMPUTE),
+        help="activations, to save memory; auto: a device that is short of it does (no)",
+    )
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
@@ -200,6 +206,7 @@ def make_bundle(state: ServerState, settings: Settings) -> Bundle:
         train=settings.train,
         name=None if path else example.NAME,
         signing_key=state.keys.signing_key,
+        recompute=config.RECOMPUTE[model.recompute],
     )
 
 

@@ -15,6 +15,7 @@ from fedge.losses import find_loss
 
 OPTIMIZERS = ("sgd", "adamw")
 SCALINGS = ("none", "site", "global")
+RECOMPUTE: dict[str, bool | str] = {"no": False, "yes": True, "auto": "auto"}  # for fedge.build
 STRATEGIES = ("fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "fedprox")
 PORT = 8443
 
@@ -48,6 +49,8 @@ class ModelConfig:
         loss_settings: Its settings (``[model.loss_settings]``), see :mod:`fedge.losses`.
         optimizer: The clients' optimizer.
         scaling: Who standardises the inputs, see the manifest.
+        recompute: Whether steps make activations again to save memory; ``auto``: bundles carry
+            both forms, and a device chooses.
     """
 
     path: str = ""
@@ -55,6 +58,7 @@ class ModelConfig:
     loss_settings: dict[str, Any] = field(default_factory=dict)
     optimizer: str = "sgd"
     scaling: str = "none"
+    recompute: str = "no"
 
     def __post_init__(self) -> None:
         if self.loss:
@@ -64,6 +68,7 @@ class ModelConfig:
             raise ConfigError("loss_settings are given without a loss; name it in [model] loss")
         _choice("optimizer", self.optimizer, OPTIMIZERS)
         _choice("scaling", self.scaling, SCALINGS)
+        _choice("recompute", self.recompute, tuple(RECOMPUTE))
 
 
 @dataclass(frozen=True)
