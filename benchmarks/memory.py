@@ -45,9 +45,10 @@ def train(header: dict[str, Any], _: list[bytes]) -> Frame:
     engine = open_in_process(bundle, "ort", frugal=Frugal(**header["frugal"]))
     model, rows = MODELS[header["model"]], 2 * header["batch"]
     drawn = Examples(model.inputs(rows), model.targets(rows))
-    began = time.process_time()
     config = TrainConfig(lr=1e-3, batch_size=header["batch"], steps=STEPS)
-    engine.train(drawn, config, 0)
+    engine.train(drawn, config, 0)  # loads the graphs
+    began = time.process_time()
+    engine.train(drawn, config, 1)
     took = (time.process_time() - began) / STEPS
     status = Path("/proc/self/status").read_text()
     peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))

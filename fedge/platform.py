@@ -88,8 +88,14 @@ def _cgroup_free() -> Iterator[int]:
         while folder.is_relative_to(root):
             with contextlib.suppress(OSError, ValueError):
                 limit, usage = (int((folder / n).read_text()) for n in names)
-                yield max(limit - usage, 0)
+                yield max(limit - usage + _cache_bytes(folder), 0)
             folder = folder.parent
+
+
+def _cache_bytes(folder: Path) -> int:
+    """What a cgroup holds of files' contents, and gives up when memory is asked for."""
+    stat = dict(line.split(" ", 1) for line in (folder / "memory.stat").read_text().splitlines())
+    return int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
 
 
 def die_first() -> None:

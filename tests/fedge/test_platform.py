@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fedge import platform
 from fedge.errors import StateError
 from fedge.platform import atomic_write, exclusive, private_dir, silence_telemetry
 
@@ -123,3 +124,10 @@ def test_a_lock_is_held_by_one_process_and_dies_with_it(tmp_path: Path) -> None:
         assert _mode(lock) == 0o600
     with exclusive(lock, "again"):
         pass
+
+
+def test_memory_that_is_free_is_less_than_all(tmp_path: Path) -> None:
+    free = platform.available_memory()
+    assert free is None or 1 << 20 < free < 1 << 50
+    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 4096\n")
+    assert platform._cache_bytes(tmp_path) == 4096
