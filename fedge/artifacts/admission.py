@@ -30,7 +30,7 @@ from fedge.pipe import Child, Frame, serve
 from fedge.platform import limit_process
 
 MAX_IR_VERSION = 10  # what onnxruntime 1.19 (training) and 1.22 (oldest supported) both read
-MAX_OPSETS = {"": 21, "com.microsoft": 1}
+MAX_OPSETS = {"": 24, "com.microsoft": 1}
 ITEM_BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
 _TYPED = {
     "float_data": (1,),

@@ -1,6 +1,6 @@
 """A user's ONNX model brought into the one form the builder works on (build side only).
 
-One file without external data, default operator set 13 to 21, IR version at most 10, no texts, no
+One file without external data, default operator set 13 to 24, IR version at most 10, no texts, no
 functions; the first dimension of every input and output is the symbolic ``N``, others may be
 symbolic under names of their own. What follows from constants and sizes alone is folded.
 """
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 MIN_OPSET = 13
+COMMON_OPSET = 21  # the newest that onnxruntime-training 1.19 reads
 _RESERVED = ("labels", "loss", "lr")
 _DTYPES = {
     TensorProto.FLOAT: "float32",
@@ -133,13 +134,16 @@ def _refuse_external(model: onnx.ModelProto) -> None:
 
 
 def _convert_opset(model: onnx.ModelProto) -> onnx.ModelProto:
+    """To a version both engines read; a newer operator's own is kept, for stock ONNX Runtime."""
     version = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=0)
-    wanted = min(max(version, MIN_OPSET), MAX_OPSETS[""])
+    wanted = min(max(version, MIN_OPSET), COMMON_OPSET)
     if version == wanted:
         return model
     try:
         return version_converter.convert_version(model, wanted)
     except Exception as exc:  # the converter raises whatever its C++ side raised
+        if wanted < version <= MAX_OPSETS[""]:
+            return model
         raise ArtifactError(
             f"the model uses opset {version}, which cannot be converted to {wanted}: {exc}; "
             f"export it with an opset from {MIN_OPSET} to {MAX_OPSETS['']}"

@@ -14,7 +14,7 @@ Abs Acos Acosh Add And Asin Asinh Atan Atanh BitShift BitwiseAnd BitwiseNot Bitw
 Cast CastLike Ceil Celu Clip Cos Cosh Div Elu Equal Erf Exp Floor Gelu Greater GreaterOrEqual
 HardSigmoid HardSwish Identity IsInf IsNaN LeakyRelu Less LessOrEqual Log Max Mean Min Mish Mod Mul
 Neg Not Or PRelu Pow Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin Sinh Softplus Softsign Sqrt
-Sub Sum Tan Tanh ThresholdedRelu Where Xor
+Sub Sum Swish Tan Tanh ThresholdedRelu Where Xor
 """
 _SHAPE = """
 CenterCropPad Col2Im Compress Concat Constant ConstantOfShape DepthToSpace Expand EyeLike Flatten
@@ -27,7 +27,7 @@ ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSqu
 Unique
 """
 _LAYERS = """
-AveragePool BatchNormalization Conv ConvTranspose Dropout Einsum GRU Gemm GlobalAveragePool
+Attention AveragePool BatchNormalization Conv ConvTranspose Dropout Einsum GRU Gemm GlobalAveragePool
 GlobalLpPool GlobalMaxPool GroupNormalization InstanceNormalization LRN LSTM LayerNormalization
 LpPool MatMul MaxPool MaxUnpool MeanVarianceNormalization NegativeLogLikelihoodLoss
 RMSNormalization RNN RotaryEmbedding SimplifiedLayerNormalization SoftmaxCrossEntropyLoss
