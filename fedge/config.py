@@ -15,6 +15,7 @@ from fedge.errors import ConfigError
 
 # What a task may set for one round of one client; everything else is the bundle's.
 OVERRIDES = ("lr", "batch_size", "epochs", "steps", "clip_norm", "accumulate", "proximal_mu")
+MAX_LENGTH = 10**7  # steps, or epochs, that a client does for one task
 SCHEDULES = ("constant", "linear", "cosine", "step")
 
 
@@ -178,7 +179,13 @@ class TrainConfig:
             not unknown,
             f"a task asks for {', '.join(unknown)}; clients know seed, {', '.join(OVERRIDES)}",
         )
-        return self.replace(**asked)
+        config = self.replace(**asked)
+        for name in ("steps", "epochs"):
+            length = getattr(config, name) or 0
+            _require(
+                length <= MAX_LENGTH, f"a task asks for {name} = {length}; at most {MAX_LENGTH}"
+            )
+        return config
 
     def replace(self, **changes: Any) -> TrainConfig:  # noqa: ANN401 - field values
         """A copy with some fields changed; setting ``steps`` clears ``epochs`` and the reverse."""

@@ -17,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,7 @@ from fedge.platform import die_first, limit_process, silence_telemetry
 
 MAX_FRAME_BYTES = 4 << 30
 MAX_HEADER_BYTES = 16 << 20
+_MAX_SAID_BYTES = 1 << 20
 Frame = tuple[dict[str, Any], list[bytes]]
 Handler = Callable[[dict[str, Any], list[bytes]], Frame | None]
 
@@ -126,6 +128,8 @@ class Child:
         args: Further arguments.
         environ: Variables to set for it.
         max_answer_bytes: Largest answer taken from it.
+        hush: Keep what it writes to standard error, for the message should it die, instead of
+            showing it.
     """
 
     def __init__(
@@ -135,7 +139,10 @@ class Child:
         args: Sequence[str] = (),
         environ: Mapping[str, str] | None = None,
         max_answer_bytes: int = MAX_FRAME_BYTES,
+        *,
+        hush: bool = False,
     ) -> None:
+        self._said = tempfile.TemporaryFile() if hush else None  # noqa: SIM115 - closed with us
         ours, theirs = socket.socketpair()
         env = {**os.environ, **(environ or {})}
         silence_telemetry(env)
@@ -149,6 +156,7 @@ class Child:
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
+                stderr=self._said,
                 env=env,
             )
         self._sock = ours
@@ -194,6 +202,8 @@ class Child:
             self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             self.kill()
+        if self._said is not None:
+            self._said.close()
 
     def kill(self) -> None:
         """End the worker now."""
@@ -216,7 +226,16 @@ class Child:
         if code is None:
             self.kill()
             return "it closed the pipe"
-        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        ended = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return f"{ended}{self._last_words()}"
+
+    def _last_words(self) -> str:
+        """The last line it wrote, where that was kept."""
+        if self._said is None:
+            return ""
+        self._said.seek(0)
+        lines = self._said.read(_MAX_SAID_BYTES).decode(errors="replace").split("\n")
+        return next((f" ({text})" for line in reversed(lines) if (text := line.strip())), "")
 
 
 def _exactly(sock: socket.socket, size: int) -> bytes:

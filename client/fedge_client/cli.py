@@ -83,7 +83,9 @@ def _join(add: _Adder) -> None:
         "fedge-client join 10.0.0.5:8443 --token fedge1.… --data patients.csv --label outcome",
     )
     join.add_argument("where", metavar="HOST:PORT|TOKEN", help="the server, or just the token")
-    join.add_argument("--token", help="the token the server printed")
+    join.add_argument(
+        "--token", help="the token the server printed; - reads it from standard input"
+    )
     join.add_argument("--name", default="", metavar="CLIENT_ID", help="wished name of this client")
     join.add_argument("--mode", choices=MODES, help="personal uploads nothing (federated)")
     join.add_argument("--enroll-only", action="store_true", help="be admitted, then stop")

@@ -30,6 +30,7 @@ from fedge_client.state import FEDERATED, Identity, State
 from fedge_client.tasks import Desk
 
 DEFAULT_STATE = "fedge-client"
+TOKEN = "FEDGE_TOKEN"  # noqa: S105 - the variable that may hold one
 
 
 def join(args: argparse.Namespace) -> int:
@@ -39,7 +40,7 @@ def join(args: argparse.Namespace) -> int:
     before = settings.load(state.root)
     config = _with_flags(before, args)
     if config.data is not None:
-        config.data.require_file()
+        config.data.require_columns()  # before the token is spent
     with state.running():
         if config != before:
             settings.save(state.root, config)
@@ -66,7 +67,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def status(args: argparse.Namespace) -> int:
-    """Say what is known from the state folder alone."""
+    """Say what is known from the state folder alone.
+
+    ``bytes_sent`` counts the files of delivered updates, whatever the verdict. The server's
+    ``bytes_up`` of a round counts answers to evaluation tasks too, so that it is a little more.
+    """
     state = _state(args)
     identity = state.require_identity()
     config = settings.load(state.root)
@@ -94,6 +99,8 @@ def status(args: argparse.Namespace) -> int:
         "last_error": session.get("last_error", ""),
         "certificate_days_left": round(enroll.certificate_days_left(state), 1),
     }
+    if not args.json:
+        found["last_contact"] = _ago(found.pop("last_contact_s"))
     _show(found, args.json)
     return 0
 
@@ -219,13 +226,23 @@ def _token(args: argparse.Namespace) -> Token:
     """The token, pointed at the address given beside it."""
     if args.where.startswith(PREFIX):
         return Token.decode(args.where)
-    if not args.token:
-        raise ConfigError(f"{args.where}: give --token, or the token alone instead of the address")
+    text = _secret(args.token)
+    if not text:
+        raise ConfigError(
+            f"{args.where}: give --token (- reads it from standard input), set {TOKEN}, or give "
+            "the token alone instead of the address"
+        )
     host, _, port = args.where.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise ConfigError(f"address {args.where!r}; wanted HOST:PORT, such as 10.0.0.5:8443")
-    token = Token.decode(args.token)
+    token = Token.decode(text)
     return dataclasses.replace(token, host=host.strip("[]"), port=int(port))
+
+
+def _secret(flag: str | None) -> str:
+    """The token's text: not on the command line, everybody on the machine can read that."""
+    hidden = os.environ.pop(TOKEN, "")  # not for our workers either
+    return sys.stdin.readline().strip() if flag == "-" else flag or hidden
 
 
 def _joined_before(
@@ -282,6 +299,17 @@ def _data_status(config: ClientConfig) -> str:
     if config.data is None:
         return "no data source: takes no part in training; set [data] in client.toml"
     return f"{config.data.path} ({config.data.format}, label {config.data.label})"
+
+
+def _ago(when_s: float | None) -> str:
+    """How long ago a Unix time was, in its largest unit; empty for never."""
+    if when_s is None:
+        return ""
+    passed_s = max(0, round(time.time() - when_s))
+    for unit, size_s in (("d", 86400), ("h", 3600), ("min", 60)):
+        if passed_s >= 2 * size_s:
+            return f"{passed_s // size_s} {unit} ago"
+    return f"{passed_s} s ago"
 
 
 def _alive(pid: object) -> bool:

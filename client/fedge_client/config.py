@@ -6,8 +6,10 @@ written to the file, so that ``run`` finds them again.
 
 from __future__ import annotations
 
+import csv
 import json
 import os
+import zipfile
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from fedge.platform import atomic_write
 FILE = "client.toml"
 FORMATS = ("csv", "npz")
 ENGINES = ("auto", "ort", "ort-training")
+_MAX_HEADER_CHARS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,40 @@ class DataConfig:
             )
         if not os.access(path, os.R_OK):
             raise DataError(f"data file {path} is not readable by this user; check its permissions")
+
+    def require_columns(self) -> None:
+        """Check that the file has the columns or arrays named, from its header alone.
+
+        Raises:
+            DataError: As :meth:`require_file`; and naming what is not there.
+        """
+        self.require_file()
+        found = self._names()
+        labels = [self.label] if self.label in found else self.label.split(",")
+        wanted = [
+            *(n.strip() for n in labels),
+            *self.columns,
+            *([self.split] if self.split else []),
+        ]
+        missing = [n for n in wanted if n not in found]
+        if not found:
+            raise DataError(f"{self.path} is empty; wanted a header line and rows")
+        if missing:
+            what = "column" if self.format == "csv" else "array"
+            shown = ", ".join(found[:12]) + (", …" if len(found) > 12 else "")
+            raise DataError(f"{self.path} lacks the {what} {', '.join(missing)}; it has {shown}")
+
+    def _names(self) -> list[str]:
+        """Columns of the header line, or arrays of the NPZ."""
+        try:
+            if self.format == "npz":
+                with zipfile.ZipFile(self.path) as archive:
+                    return [n.removesuffix(".npy") for n in archive.namelist()]
+            with Path(self.path).open(newline="", encoding="utf-8-sig") as handle:
+                first = handle.readline(_MAX_HEADER_CHARS)
+            return [n.strip() for n in next(csv.reader([first]), [])]
+        except (OSError, UnicodeDecodeError, csv.Error, zipfile.BadZipFile) as exc:
+            raise DataError(f"{self.path} cannot be read as {self.format.upper()}: {exc}") from exc
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ _FINAL = (
     grpc.StatusCode.FAILED_PRECONDITION,
     grpc.StatusCode.OUT_OF_RANGE,
 )
+_UNREACHABLE = "failed to connect to all addresses"
 T = TypeVar("T")
 
 
@@ -120,7 +121,10 @@ class Link:
                     f"{self._address} is there but ended the handshake: the token is spent, "
                     "expired or of another federation; ask for a new one"
                 ) from exc
-            raise
+            raise LinkError(
+                f"{self._address} does not answer: check address and port, that fedge-server runs "
+                f"there, and that no firewall is in between"
+            ) from exc
         return reply
 
     async def session(self, hello: pb.Hello) -> Stream:
@@ -276,6 +280,8 @@ def _mapped(what: str) -> Iterator[None]:
 
 
 def _as_error(what: str, code: Any, details: str | None) -> LinkError:  # noqa: ANN401 - a StatusCode
+    if details and details.startswith(_UNREACHABLE):
+        details = "the server does not answer; is it running, and is the network there?"
     text = serde.one_line(f"{what}: {details or code.name}")
     if code in _REFUSALS:
         return RefusedError(text)

@@ -8,15 +8,17 @@ is down; what it needs from the server waits for the next one.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import os
 import random
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import fedge
-from fedge.errors import EngineError, FedgeError, LinkError, RefusedError
+from fedge.errors import EngineError, FedgeError, LinkError, RefusedError, StateError
 from fedge.wire import serde
 from fedge.wire.v1 import link_pb2 as pb
 from fedge_client import enroll
@@ -27,7 +29,8 @@ from fedge_client.state import Identity, State
 from fedge_client.tasks import Desk, Readiness
 
 BACKOFF_S, BACKOFF_MAX_S = 0.5, 30.0
-RETRY_S = 0.5
+STEADY = 10  # a connection that held this many waits begins with the shortest one again
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 PATIENCE_S = 2.0  # see Link.upload; only after an attempt that failed
 _KEPT_ANSWERS = 32  # small answers a server that crashed may ask for again
 _MAX_WAITING = 256  # jobs
@@ -38,6 +41,19 @@ _VERDICTS = {
     pb.VERDICT_REFUSED: "was refused",
 }
 Report = Callable[[str], None]
+T = TypeVar("T")
+
+
+class Backoff:
+    """Waits that double, a little random so that devices do not come all at once."""
+
+    def __init__(self) -> None:
+        self.wait_s = BACKOFF_S
+
+    async def wait(self) -> None:
+        """Wait once."""
+        await asyncio.sleep(self.wait_s * random.uniform(0.5, 1.0))
+        self.wait_s = min(2 * self.wait_s, BACKOFF_MAX_S)
 
 
 class Session:
@@ -91,9 +107,10 @@ class Session:
             self._move("stop")
 
     async def _stay_connected(self) -> None:
-        wait_s = BACKOFF_S
+        backoff = Backoff()
         while True:
             self._move("dial")
+            began_s = time.monotonic()
             try:
                 await self._talk()
             except (RefusedError, NotRetryableError) as exc:
@@ -101,13 +118,13 @@ class Session:
                 self._move("refused")
                 raise
             except LinkError as exc:
-                if self._phase is Phase.ONLINE:
-                    wait_s = BACKOFF_S
+                held_s = time.monotonic() - began_s
+                if self._phase is Phase.ONLINE and held_s > STEADY * backoff.wait_s:
+                    backoff = Backoff()
                 self._note(last_error=str(exc))
                 self._move("lost")
                 self._report(f"no connection ({exc}); trying again")
-            await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
-            wait_s = min(2 * wait_s, BACKOFF_MAX_S)
+            await backoff.wait()
 
     async def _talk(self) -> None:
         """One connection, from hello to its end."""
@@ -153,7 +170,7 @@ class Session:
         try:
             await enroll.renew(self._state, link, self._identity)
             self._report("certificate renewed")
-        except LinkError as exc:
+        except (LinkError, OSError) as exc:
             self._report(f"certificate not renewed: {exc}")
 
     def _on_event(self, event: pb.ServerEvent) -> None:
@@ -193,7 +210,7 @@ class Session:
     async def _prepare(self, bundle_digest: str) -> None:
         first = self._desk.ready is None
         try:
-            ready = await self._desk.prepare(bundle_digest)
+            ready = await self._stored(lambda: self._desk.prepare(bundle_digest))
         except FedgeError as exc:
             if first and not isinstance(exc, LinkError):
                 raise
@@ -207,7 +224,8 @@ class Session:
 
     async def _keep_model(self, model: pb.ModelReady) -> None:
         try:
-            await self._desk.keep_model(model, list(self._tasks.values()))
+            tasks = list(self._tasks.values())
+            await self._stored(lambda: self._desk.keep_model(model, tasks))
             self._note(model_round=model.round_num)
             self._report(f"model of round {model.round_num} is here")
         except FedgeError as exc:
@@ -233,7 +251,7 @@ class Session:
     async def _answer(self, task: pb.Task) -> None:
         self._note(doing=pb.TaskKind.Name(task.kind), round_num=task.round_num)
         try:
-            result, line = await self._desk.do(task)
+            result, line = await self._stored(lambda: self._desk.do(task))
         except FedgeError as exc:
             self._note(last_error=str(exc))
             result, line = failure(task, exc), f"failed: {exc}"
@@ -263,13 +281,15 @@ class Session:
 
     async def _deliver_one(self, entry: Entry) -> None:
         upload = self._desk.signed(entry)
-        patience_s = 0.0
+        patience_s, backoff, tried = 0.0, Backoff(), self._link
         while True:
             await self._online.wait()
             try:
                 link = self._link
                 if link is None:
                     continue
+                if link is not tried:
+                    backoff, tried = Backoff(), link
                 reply = await link.upload(upload.header, upload.path, patience_s)
             except RefusedError:
                 raise  # not admitted any more; the update stays
@@ -279,18 +299,23 @@ class Session:
             except LinkError as exc:
                 self._report(f"round {entry.round_num}: update waits ({exc})")
                 patience_s = PATIENCE_S
-                await asyncio.sleep(RETRY_S)
+                await backoff.wait()
             else:
                 verdict = _VERDICTS.get(reply.verdict, "got no verdict")
                 verdict += f" ({reply.message})" if reply.message else ""
                 break
-        self._desk.delivered(entry)
+
+        async def forget() -> None:
+            self._desk.delivered(entry)
+
+        await self._stored(forget)
         sent = self._status["updates_sent"] + 1, self._status["bytes_sent"] + entry.bytes
         self._note(updates_sent=sent[0], bytes_sent=sent[1], last_contact_s=time.time())
         self._report(f"round {entry.round_num}: update of {entry.bytes} bytes {verdict}")
 
     async def _fetch(self, digest: str, receiver: serde.Receiver) -> None:
         """Content by digest, however many connections it takes."""
+        backoff, began = Backoff(), receiver.offset
         while True:
             await self._online.wait()
             try:
@@ -301,7 +326,27 @@ class Session:
                 raise
             except LinkError as exc:
                 self._report(f"download interrupted at byte {receiver.offset} ({exc})")
-            await asyncio.sleep(RETRY_S)
+            if receiver.offset > began:
+                backoff, began = Backoff(), receiver.offset
+            await backoff.wait()
+
+    async def _stored(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Do what writes to the state folder; while the disk is full, say so and try again.
+
+        Raises:
+            StateError: If it cannot be written or read for another reason.
+        """
+        backoff = Backoff()
+        while True:
+            try:
+                return await work()
+            except OSError as exc:
+                text = f"{self._state.root} cannot be used: {exc.strerror or exc}"
+                if exc.errno not in _DISK_FULL:
+                    raise StateError(text) from exc
+            self._report(f"{text}; trying again")
+            self._note(last_error=text)
+            await backoff.wait()
 
     def _hello(self) -> pb.Hello:
         ready = self._desk.ready
@@ -321,7 +366,8 @@ class Session:
 
     def _note(self, **changes: object) -> None:
         self._status.update(changes)
-        self._state.note("session.json", self._status)
+        with contextlib.suppress(OSError):  # a full disk; what a note says may be lost
+            self._state.note("session.json", self._status)
 
 
 async def _beat(stream: Stream, every_s: float) -> None:

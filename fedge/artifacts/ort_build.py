@@ -74,7 +74,7 @@ def build_ort_files(
             reason=f"the builder's host has no training interpreter ({TRAINING_PYTHON})"
         )
     try:
-        with Child("fedge.artifacts.ort_artifacts", python) as child:
+        with Child("fedge.artifacts.ort_artifacts", python, hush=True) as child:
             files, version = _build(child, request, graphs)
             loss, grads = _step(child, files, recorded, values)
     except (AdmissionError, EngineError) as exc:

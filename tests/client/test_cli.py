@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import io
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from cryptography.x509.oid import NameOID
 
 from fedge import errors
 from fedge.wire.token import Token, new_secret
+from fedge_client import commands
 from fedge_client.cli import EXIT_CODES, main
 
 COMMANDS = ("join", "run", "status", "personalize", "export", "predict", "engines")
@@ -72,7 +75,13 @@ def test_the_exit_codes_in_the_help_are_those_of_the_errors() -> None:
         (["join", "{token}", "--label", "y"], 2, "--label needs --data"),
         (["join", "{token}", "--data", "{dir}/none.csv", "--label", "y"], 3, "does not exist"),
         (["join", "{token}", "--name", "bad name"], 2, "--name 'bad name'"),
-        (["join", "{token}"], 6, "127.0.0.1:9"),
+        (["join", "{token}"], 6, "127.0.0.1:9 does not answer: check address and port"),
+        (
+            ["join", "{token}", "--data", "{rows}", "--label", "z"],
+            3,
+            "lacks the column z; it has a, b, y",
+        ),
+        (["join", "{token}", "--data", "{rows}", "--label", "y", "--split", "s"], 3, "column s;"),
         (["run", "--state", "{dir}/none"], 10, "fedge-client join"),
         (["status", "--state", "{dir}"], 10, "has not joined"),
         (["personalize", "--state", "{dir}"], 10, "has not joined"),
@@ -88,7 +97,10 @@ def test_mistakes_are_one_line_and_a_code(
     code: int,
     says: str,
 ) -> None:
-    filled = [a.replace("{token}", token).replace("{dir}", str(tmp_path)) for a in args]
+    rows = tmp_path / "rows.csv"
+    rows.write_text("a,b,y\n1,2,0\n")
+    names = {"token": token, "dir": tmp_path, "rows": rows}
+    filled = [a.format(**names) for a in args]
     if "--state" not in filled:
         filled += ["--state", str(tmp_path / "state")]
     found, _, err = run(capsys, *filled)
@@ -120,3 +132,29 @@ def test_installing_without_a_fitting_python_is_refused(
     code, _, err = run(capsys, "engines", "install", "ort-training", *where)
     assert code == 5
     assert "give --python" in err
+
+
+def test_the_token_need_not_be_on_the_command_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, token: str
+) -> None:
+    where = ["127.0.0.1:9", "--state", str(tmp_path / "state")]
+    monkeypatch.setattr("sys.stdin", io.StringIO(token + "\n"))
+    assert run(capsys, "join", *where, "--token", "-")[0] == 6  # read, and then nobody answered
+    monkeypatch.setenv("FEDGE_TOKEN", token)
+    assert run(capsys, "join", *where)[0] == 6
+    assert "FEDGE_TOKEN" not in os.environ  # the worker does not see it
+    assert run(capsys, "join", *where)[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("age_s", "said"),
+    [(None, ""), (8, "8 s ago"), (130, "2 min ago"), (9000, "2 h ago"), (200_000, "2 d ago")],
+)
+def test_the_last_contact_is_told_as_an_age(age_s: float | None, said: str) -> None:
+    assert commands._ago(None if age_s is None else time.time() - age_s) == said
+
+
+def test_flags_are_not_guessed_from_their_beginnings(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["join", "10.0.0.5:8443", "--tok", "fedge1.x"])
+    assert "unrecognized arguments: --tok" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -99,3 +100,19 @@ def test_providers_that_cannot_be_are_refused(tmp_path: Path, line: str, says: s
     (tmp_path / "client.toml").write_text(f"[engine]\n{line}\n")
     with pytest.raises(ConfigError, match=says):
         load(tmp_path)
+
+
+def test_columns_are_looked_for_in_the_header_alone(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("\ufeffa, b ,time,event\nnot,read\n", encoding="utf-8")
+    DataConfig(str(path), "b", columns=("a",)).require_columns()
+    DataConfig(str(path), "time,event").require_columns()
+    with pytest.raises(DataError, match="lacks the column c; it has a, b, time, event"):
+        DataConfig(str(path), "b", columns=("a", "c")).require_columns()
+    np.savez(tmp_path / "rows.npz", x=np.zeros((2, 2)), y=np.zeros(2))
+    DataConfig(str(tmp_path / "rows.npz"), "y").require_columns()
+    with pytest.raises(DataError, match="lacks the array z; it has x, y"):
+        DataConfig(str(tmp_path / "rows.npz"), "z").require_columns()
+    (tmp_path / "bad.npz").write_bytes(b"text")
+    with pytest.raises(DataError, match="cannot be read as NPZ"):
+        DataConfig(str(tmp_path / "bad.npz"), "z").require_columns()

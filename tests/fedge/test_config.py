@@ -260,3 +260,10 @@ def test_settings_of_a_wrong_type_are_refused_by_name(settings: dict[str, Any], 
 def test_numbers_of_numpy_are_numbers() -> None:
     config = TrainConfig(lr=np.float32(0.5), batch_size=np.int64(8))  # type: ignore[arg-type]
     assert (type(config.lr), type(config.batch_size)) == (float, int)
+
+
+@pytest.mark.parametrize("name", ["steps", "epochs"])
+def test_a_task_cannot_ask_for_work_without_end(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"asks for {name} = 1000000000; at most 10000000"):
+        TrainConfig().override({name: 10**9})
+    assert getattr(TrainConfig().override({name: 10**6}), name) == 10**6

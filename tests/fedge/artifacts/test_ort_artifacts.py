@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
+from fedge.artifacts.build import build
 from fedge.artifacts.bundle import Reference
 from fedge.artifacts.manifest import Optimizer, ParamSpec
 from fedge.artifacts.model import normalize
@@ -228,3 +230,16 @@ def test_an_interpreter_without_the_wheel_is_a_reason(monkeypatch: pytest.Monkey
     made = _build(nn.Linear(4, 3), "cross_entropy", *_data(4))
     assert "has stock onnxruntime, which cannot train" in made.reason
     assert made.files == {}
+
+
+def test_a_training_interpreter_that_lacks_packages_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setenv("FEDGE_ORT_TRAINING_PYTHON", str(python))
+    made = build(nn.Linear(3, 1), sample=torch.zeros(2, 3), loss="mse")
+    assert "ModuleNotFoundError: No module named" in made.manifest.engines["ort-training"]
+    assert "\n" not in made.manifest.engines["ort-training"]
+    assert "Traceback" not in capfd.readouterr().err
