@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import onnx
@@ -45,11 +46,35 @@ def _tensor(**changes: object) -> TensorProto:
     return TensorProto(**{**values, **changes})
 
 
-def _outside() -> TensorProto:
-    tensor = _tensor(raw_data=b"", data_location=TensorProto.EXTERNAL)
+def _outside(location: str = "../../etc/passwd", **more: str) -> TensorProto:
+    tensor = _tensor(data_location=TensorProto.EXTERNAL)
     tensor.ClearField("raw_data")
-    tensor.external_data.add(key="location", value="../../etc/passwd")
+    for key, value in {"location": location, **more}.items():
+        tensor.external_data.add(key=key, value=value)
     return tensor
+
+
+def _inside_and_outside() -> TensorProto:
+    tensor = _outside()
+    tensor.raw_data = b"\0" * 8
+    return tensor
+
+
+# What a model may call the file its values are to come from; links are files of their own name.
+LOCATIONS = {
+    "beside": "weights.bin",
+    "absolute": "/etc/passwd",
+    "upwards": "../../../../etc/passwd",
+    "down and up": "a/../../weights.bin",
+    "a folder": ".",
+    "nothing": "",
+    "with a null byte": "weights.bin\0/etc/passwd",
+    "a device": "/dev/zero",
+    "a process's memory": "/proc/self/mem",
+    "a share": "\\\\host\\share\\weights",
+    "an address": "file:///etc/passwd",
+    "ort's own mark for memory": "*/_ORT_MEM_ADDR_/*",
+}
 
 
 def _outside_without_saying_so() -> TensorProto:
@@ -61,6 +86,12 @@ def _outside_without_saying_so() -> TensorProto:
 TENSOR_TRICKS: dict[str, Callable[[], TensorProto]] = {
     "external data": _outside,
     "external data, location unset": _outside_without_saying_so,
+    "external data and values": _inside_and_outside,
+    "external data, offset and length": lambda: _outside("w", offset="-8", length="1" * 30),
+    "external data, no location": lambda: _tensor(
+        external_data=[onnx.StringStringEntryProto(key="offset", value="0")]
+    ),
+    **{f"external data {how}": partial(_outside, where) for how, where in LOCATIONS.items()},
     "location alone": lambda: _tensor(data_location=TensorProto.EXTERNAL),
     "strings": lambda: _tensor(data_type=TensorProto.STRING, raw_data=b"", string_data=[b"a"] * 2),
     "segment": lambda: _tensor(segment=TensorProto.Segment(begin=0, end=1)),
@@ -151,6 +182,29 @@ def _in_function(model: ModelProto, tensor: TensorProto) -> None:
     _attribute(node, t=tensor, type=AttributeProto.TENSOR)
 
 
+def _in_constant_of_a_subgraph(model: ModelProto, tensor: TensorProto) -> None:
+    inner = onnx.GraphProto(name="inner", node=[onnx.NodeProto(op_type="Constant", output=["k"])])
+    _attribute(inner.node[0], t=tensor, type=AttributeProto.TENSOR)
+    _attribute(model.graph.node[0], g=inner, type=AttributeProto.GRAPH)
+
+
+def _in_sparse_initializer_of_a_subgraph(model: ModelProto, tensor: TensorProto) -> None:
+    inner = onnx.GraphProto(name="inner")
+    inner.sparse_initializer.add(values=tensor, dims=[2])
+    _attribute(model.graph.node[0], g=inner, type=AttributeProto.GRAPH)
+
+
+def _in_subgraph_of_a_function(model: ModelProto, tensor: TensorProto) -> None:
+    node = model.functions.add(name="f", domain="").node.add(op_type="If", output=["k"])
+    _attribute(node, g=_graph_with(tensor), type=AttributeProto.GRAPH)
+
+
+def _in_sparse_attribute_of_a_function(model: ModelProto, tensor: TensorProto) -> None:
+    node = model.functions.add(name="f", domain="").node.add(op_type="Constant", output=["k"])
+    sparse = SparseTensorProto(values=tensor, indices=tensor, dims=[2])
+    _attribute(node, sparse_tensor=sparse, type=AttributeProto.SPARSE_TENSOR)
+
+
 def _in_function_default(model: ModelProto, tensor: TensorProto) -> None:
     function = model.functions.add(name="f", domain="")
     function.attribute_proto.add(name="a", t=tensor, type=AttributeProto.TENSOR)
@@ -177,7 +231,11 @@ PLACES = [
     _in_subgraph,
     _in_subgraph_list,
     _in_subgraph_of_a_subgraph,
+    _in_constant_of_a_subgraph,
+    _in_sparse_initializer_of_a_subgraph,
     _in_function,
+    _in_subgraph_of_a_function,
+    _in_sparse_attribute_of_a_function,
     _in_function_default,
     _in_training_algorithm,
     _in_training_initialization,
