@@ -53,7 +53,8 @@ class Run:
         """One line per round and client.
 
         Columns: round, client_id, num_examples, train_loss, test_examples, loss, accuracy (or
-        rmse), auc where there are two classes, bytes_up, bytes_down, seconds. A value is NaN where
+        rmse), auc where there are two classes, bytes_up (of the update), bytes_down (of params, for
+        training and for scoring), seconds. A value is NaN where
         the client was not asked, or its reply did not count. A client of which no reply counted in
         a round, trained or scored, has no line there: the events' ``dropped`` say why, and
         :attr:`metrics` how many.
