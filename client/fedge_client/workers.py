@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedge.engines.interpreters import find_training_python, interpreter_for
+from fedge.engines.providers import CPU, split
 from fedge.errors import WorkerDiedError
 from fedge.pipe import Child
 from fedge_client import memory
@@ -45,7 +46,7 @@ class Workers:
     def __init__(self, config: EngineConfig) -> None:
         self._config, self._limit_bytes = config, address_limit(config)
         self._child: Child | None = None
-        self._python: Path | None = None
+        self._started: tuple[Path, tuple[str, ...]] | None = None
         self._lock = asyncio.Lock()
         self._idle: asyncio.TimerHandle | None = None
 
@@ -64,7 +65,8 @@ class Workers:
             FedgeError: What the job raised.
         """
         async with self._lock:
-            child = self._start(interpreter_for(engine, self._config.training_python or None))
+            python = interpreter_for(engine, self._config.training_python or None)
+            child = self._start(python, self._limits(engine))
             try:
                 return await asyncio.to_thread(child.call, name, header)
             except WorkerDiedError as exc:
@@ -88,22 +90,25 @@ class Workers:
         async with self._lock:
             self._drop()
 
-    def _start(self, python: Path) -> Child:
+    def _start(self, python: Path, limits: tuple[str, ...]) -> Child:
         if self._idle is not None:
             self._idle.cancel()
-        if self._child is not None and self._python != python:
+        if self._child is not None and self._started != (python, limits):
             self._drop()
         if self._child is None:
             self._child = Child(
-                *(MODULE, python, self._limits()),
+                *(MODULE, python, limits),
                 environ=_ENVIRON,
                 max_answer_bytes=_MAX_ANSWER_BYTES,
             )
-            self._python = python
+            self._started = (python, limits)
         return self._child
 
-    def _limits(self) -> tuple[str, ...]:
-        return ("--memory-bytes", str(self._limit_bytes)) if self._limit_bytes else ()
+    def _limits(self, engine: str) -> tuple[str, ...]:
+        """A limit on address space, except where a GPU's driver maps its own memory into it."""
+        if self._limit_bytes is None or split(engine)[1] != CPU:
+            return ()
+        return ("--memory-bytes", str(self._limit_bytes))
 
     def _suspicion(self, epitaph: str) -> str:
         if not any(sign in epitaph for sign in ("SIGABRT", "SIGKILL", "SIGSEGV")):
