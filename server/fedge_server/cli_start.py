@@ -158,8 +158,9 @@ def _require_free(host: str, port: int) -> None:
     try:
         socket.create_server((host, port), family=family).close()
     except OSError as exc:
+        why = str(exc.strerror).partition(" (while")[0]
         raise LinkError(
-            f"cannot listen on {host} port {port}: {exc.strerror or exc}; is another server "
+            f"cannot listen on {host} port {port}: {why}; is another server "
             "running there? use --port, or --port 0 for a free one"
         ) from exc
 
