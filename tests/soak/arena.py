@@ -48,12 +48,14 @@ class Arena:
         memory_bytes: Address space declared for the engine's worker.
 
     Attributes:
+        limit_s: How long one case may take before its worker is ended.
         last_s: How long the last case took.
         worst_s: The longest case.
         worst_rss: The largest resident memory of an engine's or admission worker, bytes.
     """
 
     def __init__(self, bundle: Bundle, engine: str, root: Path, memory_bytes: int) -> None:
+        self.limit_s = LIMIT_S
         self.last_s, self.worst_s, self.worst_rss = 0.0, 0.0, 0
         self._engine, self._memory = engine, memory_bytes
         self._key = generate_signing_key()
@@ -141,12 +143,12 @@ class Arena:
             "limits": asdict(LIMITS),
         }
         assert self._judge is not None
-        self._judge.call("admit", header, timeout_s=_left(began))
+        self._judge.call("admit", header, timeout_s=self._left(began))
 
     def _use(self, bundle: Bundle, name: str, began: float) -> None:
         def call(job: str, header: dict[str, Any], *blobs: bytes) -> None:
             assert self._worker is not None
-            self._worker.call(job, header, blobs, timeout_s=_left(began))
+            self._worker.call(job, header, blobs, timeout_s=self._left(began))
 
         opened = worker_header(bundle, self._engine, 1)
         call("open", opened)
@@ -201,6 +203,9 @@ class Arena:
                 peak = next(line for line in status if line.startswith("VmHWM"))
                 self.worst_rss = max(self.worst_rss, int(peak.split()[1]) << 10)
 
+    def _left(self, began: float) -> float:
+        return max(self.limit_s - (time.monotonic() - began), 0.01)
+
     def close_workers(self) -> None:
         """End both."""
         for child in (self._worker, self._judge):
@@ -216,7 +221,3 @@ class Arena:
 
 def _end(exc: WorkerDiedError) -> tuple[str, str]:
     return (STOPPED if "did not answer" in str(exc) else DIED), str(exc)
-
-
-def _left(began: float) -> float:
-    return max(LIMIT_S - (time.monotonic() - began), 0.01)

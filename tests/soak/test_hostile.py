@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import onnx
 import pytest
 import torch
-from arena import REFUSED, Arena
+from arena import DIED, ERROR, LIMIT_S, RAN, REFUSED, STOPPED, Arena
 from hostile import MEMORY_BYTES, run_row
 from mutations import HIDING, hidden_tensor
 from torch import nn
@@ -66,7 +67,7 @@ def test_a_tensor_outside_the_bundle_is_refused_wherever_it_hides_and_whatever_i
         assert verdict == REFUSED, (hide.__name__, where)
         assert "model refused: it holds" in why
         assert not arena.canary.touched()
-    assert arena.file("step.onnx", good) == ("ran", "")
+    assert arena.file("step.onnx", good) == (RAN, "")
 
 
 def test_the_canary_sings(arena: Arena, tmp_path: Path) -> None:
@@ -76,11 +77,49 @@ def test_the_canary_sings(arena: Arena, tmp_path: Path) -> None:
         assert not arena.canary.touched()
 
 
-def test_a_worker_that_dies_or_hangs_is_replaced_and_counted(arena: Arena) -> None:
+def test_a_worker_that_dies_is_counted_and_replaced(arena: Arena) -> None:
     good = arena.good.read("step.onnx")
-    assert arena.file("step.onnx", good) == ("ran", "")
+    assert arena.file("step.onnx", good) == (RAN, "")
     assert arena._worker is not None
     arena._worker._process.kill()
     verdict, why = arena.file("step.onnx", good)
-    assert (verdict, "killed by SIGKILL" in why) == ("died", True)
-    assert arena.file("step.onnx", good) == ("ran", "")
+    assert (verdict, "killed by SIGKILL" in why) == (DIED, True)
+    assert arena.file("step.onnx", good) == (RAN, "")
+
+
+def test_a_worker_that_computes_for_ever_is_ended_in_time(arena: Arena) -> None:
+    good = arena.good.read("step.onnx")
+    arena.limit_s = 1.0
+    verdict, why = arena.file("step.onnx", endless(good))
+    assert (verdict, "did not answer" in why) == (STOPPED, True)
+    assert arena.last_s < 3
+    arena.limit_s = LIMIT_S
+    assert arena.file("step.onnx", good) == (RAN, "")
+
+
+def test_a_model_that_wants_all_memory_is_an_error(arena: Arena) -> None:
+    good = arena.good.read("step.onnx")
+    for size in (1 << 14, 1 << 16, 1 << 20):  # squared: 1 GiB and more
+        verdict, _ = arena.file("step.onnx", endless(good, size, 1))
+        assert verdict in (ERROR, DIED)
+    assert arena.worst_rss < MEMORY_BYTES
+    assert arena.file("step.onnx", good) == (RAN, "")
+
+
+def endless(data: bytes, size: int = 3000, times: int = 400) -> bytes:
+    """A model whose loss waits for products of large matrices; a few hundred bytes more."""
+    model = onnx.ModelProto.FromString(data)
+    nodes = model.graph.node
+    for node in nodes:
+        for index, name in enumerate(node.output):
+            if name == "loss":
+                node.output[index] = "true/loss"
+    shape = onnx.numpy_helper.from_array(np.array([size, size]), "wide/shape")
+    model.graph.initializer.append(shape)
+    make = onnx.helper.make_node
+    nodes.append(make("ConstantOfShape", ["wide/shape"], ["wide/0"]))
+    for k in range(times):
+        nodes.append(make("MatMul", [f"wide/{k}", "wide/0"], [f"wide/{k + 1}"]))
+    nodes.append(make("ReduceMax", [f"wide/{times}"], ["wide/loss"], keepdims=0))
+    nodes.append(make("Add", ["true/loss", "wide/loss"], ["loss"]))
+    return model.SerializeToString()
