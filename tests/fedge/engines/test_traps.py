@@ -169,6 +169,25 @@ def test_max_pool_of_symbolic_sizes_kills_the_worker_alone(
         opened(hostile(good["sgd"], {TRAINING: model.SerializeToString()}))
 
 
+def test_a_gradient_larger_than_its_param_harms_the_worker_alone(
+    good: dict[str, Bundle], opened: Open
+) -> None:
+    """ONNX Runtime adds it to a buffer of the param's size; found by ``make soak``."""
+    model = onnx.load_from_string(good["sgd"].read(TRAINING))
+    node = next(n for n in model.graph.node if n.op_type == "InPlaceAccumulatorV2")
+    times = onnx.numpy_helper.from_array(np.array([1 << 20, 1, 1, 1][: rank_of(node)]), "times")
+    model.graph.initializer.append(times)
+    model.graph.node.append(onnx.helper.make_node("Tile", [node.input[1], "times"], ["large"]))
+    node.input[1] = "large"
+    del model.graph.value_info[:]
+    with pytest.raises(FedgeError):
+        opened(hostile(good["sgd"], {TRAINING: model.SerializeToString()})).train_step(rows(), 0.1)
+
+
+def rank_of(accumulator: onnx.NodeProto) -> int:
+    return {"k_grad": 4, "w_grad": 2}[accumulator.input[1]]
+
+
 def test_labels_a_lying_manifest_lets_through_harm_the_worker_alone(
     good: dict[str, Bundle], opened: Open
 ) -> None:
