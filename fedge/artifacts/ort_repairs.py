@@ -80,14 +80,14 @@ def _instance_norm(node: onnx.NodeProto, rank: int) -> list[onnx.NodeProto]:
     at, y = f"{node.output[0]}/in", node.output[0]
     shape = numpy_helper.from_array(np.array([-1] + [1] * (rank - 2), np.int64))
     eps = numpy_helper.from_array(np.float32(_attribute(node, "epsilon", 1e-5)))
-    make, space = helper.make_node, list(range(2, rank))
+    make = helper.make_node
     return [
         make("Constant", [], [f"{at}/shape"], value=shape),
         make("Constant", [], [f"{at}/eps"], value=eps),
-        make("ReduceMean", [x], [f"{at}/mean"], axes=space),
+        make("GlobalAveragePool", [x], [f"{at}/mean"]),
         make("Sub", [x, f"{at}/mean"], [f"{at}/centered"]),
         make("Mul", [f"{at}/centered", f"{at}/centered"], [f"{at}/square"]),
-        make("ReduceMean", [f"{at}/square"], [f"{at}/variance"], axes=space),
+        make("GlobalAveragePool", [f"{at}/square"], [f"{at}/variance"]),
         make("Add", [f"{at}/variance", f"{at}/eps"], [f"{at}/above"]),
         make("Sqrt", [f"{at}/above"], [f"{at}/std"]),
         make("Div", [f"{at}/centered", f"{at}/std"], [f"{at}/unit"]),

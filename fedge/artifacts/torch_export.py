@@ -136,6 +136,7 @@ def _export(
         model = _EXPORTERS[kind](torch, replace(call, module=copy.deepcopy(call.module)))
     _initializers_once(call.module, model.graph)
     _drop_in_attention(model.graph)
+    _train_batch_norm(torch, call.module, model.graph)
     params, trainable = _check_params(call.module, model)
     _reset(call.module, model)
     return model, params, trainable
@@ -299,6 +300,29 @@ def _drop_in_attention(graph: onnx.GraphProto) -> None:
     graph.node.insert(0, onnx.helper.make_node("Constant", [], [name], name=name, value=on))
     for node in silent:
         node.input.append(name)
+
+
+def _train_batch_norm(torch: Any, module: Any, graph: onnx.GraphProto) -> None:  # noqa: ANN401
+    """Dynamo writes every BatchNorm as frozen; those in training mode are set to train again."""
+    nodes = [n for n in graph.node if n.op_type == "BatchNormalization"]
+    for name, part in module.named_modules():
+        batch_norm = isinstance(part, torch.nn.modules.batchnorm._BatchNorm)
+        if not batch_norm or not part.training or part.running_mean is None:
+            continue
+        prefix = f"{name}." if name else ""
+        mine = [n for n in nodes if n.input[3] == f"{prefix}running_mean"]
+        if not mine or part.momentum is None:
+            raise ArtifactError(
+                f"BatchNorm {name!r} keeps its statistics in a way that is lost in export "
+                f"(momentum {part.momentum}); give it a momentum, or freeze it with .eval()"
+            )
+        for node in mine:
+            kept = [a for a in node.attribute if a.name not in ("training_mode", "momentum")]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+            node.attribute.append(onnx.helper.make_attribute("training_mode", 1))
+            node.attribute.append(onnx.helper.make_attribute("momentum", 1 - part.momentum))
+            node.output[1:] = [f"{node.output[0]}/{n}" for n in ("mean", "variance")]
 
 
 def _check_params(module: Any, model: onnx.ModelProto) -> tuple[tuple[str, ...], tuple[str, ...]]:  # noqa: ANN401

@@ -188,6 +188,22 @@ def test_statistics_are_the_module_s_own_not_what_tracing_makes_of_them() -> Non
     np.testing.assert_array_equal(found["1.running_var"], np.ones(3))
 
 
+def test_normalization_that_trains_is_exported_so_and_frozen_one_frozen() -> None:
+    module = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, momentum=0.3), nn.BatchNorm1d(3))
+    module[2].eval()
+    for exporter in ("torchscript", "dynamo"):
+        graph = export_module(module, np.ones((2, 4)), ExportOptions(exporter)).model.graph
+        first, second = (n for n in graph.node if n.op_type == "BatchNormalization")
+        settings = {a.name: onnx.helper.get_attribute_value(a) for a in first.attribute}
+        assert settings["training_mode"] == 1, exporter
+        assert settings["momentum"] == pytest.approx(0.7)
+        assert len(first.output) == 3
+        assert not any(a.name == "training_mode" and a.i for a in second.attribute)
+    module[1].momentum = None
+    with pytest.raises(ArtifactError, match="BatchNorm '1' keeps its statistics in a way"):
+        export_module(module, np.ones((2, 4)))
+
+
 def test_sizes_that_may_vary_have_names() -> None:
     module = nn.Conv1d(1, 2, 3, padding=1)
     options = ExportOptions("torchscript", {"x": {2: "T"}})
