@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from fedge.artifacts.selection import Choice, Source, choose, param_names, running_statistics
+from fedge.artifacts.selection import (
+    Choice,
+    Source,
+    choose,
+    param_names,
+    running_statistics,
+    untrained_statistics,
+)
 from fedge.errors import ArtifactError, ConfigError
 
 NAMES = ("conv.weight", "conv.bias", "head.weight", "head.bias")
@@ -107,7 +114,11 @@ def test_params_of_another_precision_are_refused(dtype: type[np.floating]) -> No
         param_names(_graph(numpy_helper.from_array(np.zeros(2, dtype), "w")))
 
 
-def test_running_statistics_are_known() -> None:
-    node = helper.make_node("BatchNormalization", ["x", "s", "b", "mean", "var"], ["y"])
+@pytest.mark.parametrize("training", [0, 1])
+def test_statistics_run_only_where_batch_norm_trains(training: int) -> None:
+    node = helper.make_node(
+        "BatchNormalization", ["x", "s", "b", "mean", "var"], ["y"], training_mode=training
+    )
     model = helper.make_model(helper.make_graph([node], "g", [], []))
-    assert running_statistics(model) == {"mean", "var"}
+    assert running_statistics(model) == ({"mean", "var"} if training else set())
+    assert untrained_statistics(model) == {"mean", "var"}
