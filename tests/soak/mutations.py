@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from random import Random
 from typing import Any
 
@@ -373,13 +374,13 @@ def mutated_json(data: bytes, r: Random) -> bytes:
                 del holder[key]
             case 1:
                 other, name = _place(root, r)
-                holder[key] = json.loads(json.dumps(other[name]))
+                holder[key] = deepcopy(other[name])
             case 2 if isinstance(holder, list):
-                holder.insert(r.randrange(len(holder) + 1), holder[key])
+                holder.insert(r.randrange(len(holder) + 1), deepcopy(holder[key]))
             case 3 if isinstance(holder[key], int):
                 holder[key] = r.choice(NUMBERS)
             case _:
-                holder[key] = r.choice(VALUES)
+                holder[key] = deepcopy(r.choice(VALUES))
         if not root:
             break
     return _canonical(root)
