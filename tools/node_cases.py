@@ -19,7 +19,7 @@ from fedge.types import Array
 
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
 _TYPE_ATTRIBUTES = {"to", "dtype", "output_dtype", "stash_type", "softmax_precision"}
-# Codes 0 to 255 of size 1/160 around 120 reach from −0.75 to 0.84375.
+# Codes 0 to 255 of size 1/160 around 120 reach from −0.753125 to 0.846875.
 _QUANTIZE = "s = Constant <value_float = 0.00625> () z = Constant <value = uint8 {120}> () "
 _Category = defs.OpSchema.DifferentiationCategory
 
@@ -75,8 +75,8 @@ def own_cases() -> Iterator[Case]:
         smooth = None
         if "Quantize" in body:
             smooth = _own(
-                _QUANTIZE + "l = Constant <value_float = -0.75> () "
-                "h = Constant <value_float = 0.84375> () y = Clip (x, l, h)"
+                _QUANTIZE + "l = Constant <value_float = -0.753125> () "
+                "h = Constant <value_float = 0.846875> () y = Clip (x, l, h)"
             )
         operator = next(n.op_type for n in _own(body).graph.node if n.op_type != "Constant")
         yield Case(name, operator, _own(body), {"x": x}, ("x",), ("y",), "", smooth)
