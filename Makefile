@@ -56,9 +56,9 @@ test-providers: $(DEV) $(TORCHED)  ## OpenVINO's onnxruntime against the CPU (ha
 	  $(BIN)/python -m pytest -n 0 tests/fedge/engines/test_providers.py $(ARGS)
 
 .PHONY: soak
-soak: $(DEV) $(TORCHED) $(TRAINING)  ## Long forms: 25,000 hostile bundles, every model of the zoo (ARGS="--cases 2000")
+soak: $(DEV) $(TORCHED) $(TRAINING)  ## Long forms: 25,000 hostile bundles, all of the zoo, operators at ten points (ARGS="--cases 2000")
 	@$(BIN)/python tests/soak/hostile.py $(ARGS)
-	@FEDGE_SOAK=1 $(BIN)/python -m pytest -q -n $(WORKERS) tests/zoo >&2
+	@FEDGE_SOAK=1 $(BIN)/python -m pytest -q -n $(WORKERS) tests/zoo tests/fedge/autodiff/test_coverage.py >&2
 	@echo '{"row": "zoo with both exporters", "passed": true}'
 
 check: lint types layers proto-check docker-check  ## Style, types, layers, generated code, Docker files
