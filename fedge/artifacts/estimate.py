@@ -29,6 +29,7 @@ NODE_BYTES = 7_500  # of one operator, loaded
 ADDRESS_BYTES = 144 * MB  # mapped but not resident: a limit on address space must add them
 ARENA = 1.15  # what ONNX Runtime's arena holds, of what is alive
 SCORE_ROWS = 256  # of one evaluation call, if memory allows
+SMALL_BYTES = 1 * MB  # of params and results: not worth saving
 MAX_PIECES = 64
 # One core of a 2020s x86 server; a device's own probe replaces them (see ``Rate.measured``).
 FLOPS_PER_S, BYTES_PER_S, NODE_S = 1e11, 12e9, 1e-6
@@ -224,6 +225,14 @@ def _step_cost(manifest: Manifest, recompute: bool) -> GraphCost:
     if found is None:
         raise ArtifactError(f"the bundle does not say what {name} takes; build it again")
     return found
+
+
+def is_small(manifest: Manifest) -> bool:
+    """Whether a step holds so little (``SMALL_BYTES``) that speed counts and memory does not."""
+    if not manifest.costs:
+        return False
+    results = _results(_step_cost(manifest, recompute=False), manifest.train.batch_size)
+    return results + _params_bytes(manifest, cut=False) <= SMALL_BYTES
 
 
 def _results(cost: GraphCost, rows: int) -> int:

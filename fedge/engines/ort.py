@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fedge.artifacts.bundle import Bundle
-from fedge.artifacts.estimate import AS_USUAL, Frugal
+from fedge.artifacts.estimate import AS_USUAL, Frugal, is_small
 from fedge.artifacts.manifest import GRAD, RECOMPUTED, STEP, UPDATE
 from fedge.config import TrainConfig
 from fedge.engines.base import EvalResult, TrainResult
@@ -176,4 +176,5 @@ class OrtEngine:
     def _open(self, name: str) -> Session:
         if self._frugal.recompute:
             name = RECOMPUTED.get(name, name)
-        return Session(read_model(self._bundle, name), self._threads, self._provider)
+        model, small = read_model(self._bundle, name), is_small(self._manifest)
+        return Session(model, self._threads, self._provider, small)

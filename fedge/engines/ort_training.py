@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from fedge.artifacts.bundle import Bundle
-from fedge.artifacts.estimate import AS_USUAL, Frugal
+from fedge.artifacts.estimate import AS_USUAL, Frugal, is_small
 from fedge.artifacts.ort_import import import_training
 from fedge.config import TrainConfig
 from fedge.engines.base import EvalResult, TrainResult
@@ -184,7 +184,7 @@ class OrtTrainingEngine:
 
     def _open(self, place: Path) -> None:
         self._state = api.CheckpointState.load_checkpoint(place / CHECKPOINT)
-        options = session_options(self._threads)
+        options = session_options(self._threads, is_small(self._manifest))
         self._module = api.Module(place / TRAINING, self._state, session_options=options)
         size = self._module.get_parameters_size(False)
         zeros = shared(np.zeros(size, np.float32))
