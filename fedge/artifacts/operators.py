@@ -27,10 +27,11 @@ ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSqu
 Unique
 """
 _LAYERS = """
-Attention AveragePool BatchNormalization Conv ConvTranspose Dropout Einsum GRU Gemm GlobalAveragePool
-GlobalLpPool GlobalMaxPool GroupNormalization InstanceNormalization LRN LSTM LayerNormalization
-LpPool MatMul MaxPool MaxUnpool MeanVarianceNormalization NegativeLogLikelihoodLoss
-RMSNormalization RNN RotaryEmbedding SimplifiedLayerNormalization SoftmaxCrossEntropyLoss
+Attention AveragePool BatchNormalization Conv ConvTranspose Dropout Einsum GRU Gemm
+GlobalAveragePool GlobalLpPool GlobalMaxPool GroupNormalization InstanceNormalization LRN LSTM
+LayerNormalization LpPool MatMul MaxPool MaxUnpool MeanVarianceNormalization
+NegativeLogLikelihoodLoss RMSNormalization RNN RotaryEmbedding SimplifiedLayerNormalization
+SoftmaxCrossEntropyLoss
 """
 _QUANTIZED = """
 ConvInteger DequantizeLinear DynamicQuantizeLinear MatMulInteger QLinearConv QLinearMatMul

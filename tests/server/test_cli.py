@@ -178,7 +178,8 @@ def test_two_servers_cannot_share_a_state_folder(folder: str, tmp_path: Path) ->
     try:
         assert json.loads(first.stdout.readline())["event"] == "ready"
         model = json.loads(first.stdout.readline())
-        assert (model["event"], model["name"], len(model["bundle"])) == ("model", "breast-cancer", 64)
+        told = model["event"], model["name"], len(model["bundle"])
+        assert told == ("model", "breast-cancer", 64)
         second = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert second.returncode == 10
         assert "already running" in second.stderr

@@ -246,7 +246,7 @@ def test_a_failed_write_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(os, "fsync", full_disk)
     place = folder.parent / "place"
     place.mkdir()
-    with pytest.raises(ConfigError, match="cannot write a bundle to .*No space"):
+    with pytest.raises(ConfigError, match=r"cannot write a bundle to .*No space"):
         Bundle.write(bundle.manifest, files, generate_signing_key(), place / "bundle")
     assert list(place.iterdir()) == []
 
