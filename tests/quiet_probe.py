@@ -1,9 +1,10 @@
 """Run a command in a namespace of its own and report every host it looked for.
 
-Started as ``unshare --user --map-root-user --net --mount python quiet_probe.py SECONDS HOME
-COMMAND…``. The namespace has a loopback device, a resolver that points at a listener in here, and
-no way out. The command runs for SECONDS, or until it ends, with none of the variables set that
-switch telemetry off.
+Started as ``unshare --user --map-root-user --net --mount python quiet_probe.py LEAST MOST CAUGHT
+HOME COMMAND…``. The namespace has a loopback device, a resolver that points at a listener in here,
+and no way out. The command runs until it ends, with none of the variables set that switch telemetry
+off; for LEAST seconds at least, and no longer than until the file CAUGHT says that some probe has
+seen a name, or MOST seconds have gone.
 Prints one JSON object: ``names`` asked for, ``addresses`` of other machines that packets were sent
 to, and the command's ``exit`` code (None: it was still running) and last ``errors``.
 """
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 UNSET = (
@@ -30,7 +32,7 @@ ETH_P_ALL = 3
 
 def main() -> None:
     """Set the namespace up, run the command, print what was seen."""
-    seconds, home, command = float(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+    least, most, caught, home = *map(float, sys.argv[1:3]), *map(Path, sys.argv[3:5])
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     subprocess.run(["ip", "route", "add", "default", "dev", "lo"], check=True)
     resolver = home.parent / "resolv.conf"
@@ -45,19 +47,24 @@ def main() -> None:
     wire = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETH_P_ALL))
     threading.Thread(target=_watch, args=(wire, addresses), daemon=True).start()
 
-    code, errors = _run(command, home, seconds)
+    def over(elapsed: float) -> bool:
+        if names:
+            caught.touch()
+        return elapsed >= most or (elapsed >= least and caught.exists())
+
+    code, errors = _run(sys.argv[5:], home, over)
     seen = {"names": sorted(names), "addresses": sorted(addresses), "exit": code}
     print(json.dumps({**seen, "errors": errors[-2000:]}))
 
 
-def _run(command: list[str], home: Path, seconds: float) -> tuple[int | None, str]:
+def _run(command: list[str], home: Path, over: Callable[[float], bool]) -> tuple[int | None, str]:
     env = {name: value for name, value in os.environ.items() if name not in UNSET}
-    end = time.monotonic() + seconds
+    began = time.monotonic()
     with (home.parent / "errors").open("w+") as errors:
         process = subprocess.Popen(
             command, env={**env, "HOME": str(home)}, stdout=errors, stderr=errors
         )
-        while (code := process.poll()) is None and time.monotonic() < end:
+        while (code := process.poll()) is None and not over(time.monotonic() - began):
             time.sleep(0.1)
         process.kill()
         process.wait()
